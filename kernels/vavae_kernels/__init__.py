@@ -1,0 +1,1 @@
+"""Fused operators for diffusion transformers and their tokenizers. Needs torch; Triton is imported lazily."""

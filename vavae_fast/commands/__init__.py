@@ -1,0 +1,1 @@
+"""One file a command: arguments, plan (validates everything, writes nothing), run."""
