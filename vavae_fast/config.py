@@ -1,0 +1,57 @@
+"""Configs: a YAML file and `key.path=value` overrides in, a checked, frozen dataclass out. Imports no torch."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vavae_fast.errors import BadInput
+from vavae_fast.parsing import apply_overrides, flatten, read_yaml, to_dataclass, to_mapping, to_yaml
+from vavae_fast.schema import SAMPLE_PRESETS, LightningDiTConfig, SampleConfig
+from vavae_fast.tokenizer_schema import TokenizerConfig
+
+__all__ = [
+    "SAMPLE_PRESETS", "Config", "LightningDiTConfig", "SampleConfig", "TokenizerConfig", "flatten", "given_path",
+    "load_config", "nearest_batches", "run_folder", "to_mapping", "to_yaml",
+]  # fmt: skip
+
+Config = LightningDiTConfig | TokenizerConfig
+
+
+def load_config(path: Path | str, overrides: tuple[str, ...] = (), kind: type | None = None) -> Config:
+    """The config in a YAML file with `key.path=value` overrides, of the kind its keys show; `kind`: which one is needed."""
+    mapping = apply_overrides(read_yaml(path), overrides)
+    schema = TokenizerConfig if is_tokenizer(mapping) else LightningDiTConfig
+    if kind is not None and schema is not kind:
+        wanted = "tokenizer" if kind is TokenizerConfig else "LightningDiT"
+        raise BadInput(f"{path}: this command needs a {wanted} config; see configs/")
+    return to_dataclass(schema, mapping)
+
+
+def is_tokenizer(mapping: dict[str, Any]) -> bool:
+    model = mapping.get("model")
+    return "lightning" in mapping or (isinstance(model, dict) and bool({"params", "target", "base_learning_rate"} & model.keys()))
+
+
+def run_folder(config: Config, config_path: Path | str | None) -> Path:
+    """<output_dir>/<exp_name>; without exp_name the config file's stem."""
+    name = config.train.exp_name or (Path(config_path).stem if config_path else "run")
+    if os.sep in name or name in ("", ".", ".."):
+        raise BadInput(f"train.exp_name: must be one folder name, got {name!r}")
+    return Path(config.train.output_dir) / name
+
+
+def given_path(value: str | None, key: str, what: str) -> Path:
+    """The path a config key holds; `BadInput` when it is unset, the template's placeholder, or absent."""
+    if not value:
+        raise BadInput(f"{key}: not set; give {what}: {key}=PATH")
+    if "path/to/" in value:
+        raise BadInput(f'{key} is still "{value}"; give {what}: {key}=PATH')
+    if not Path(value).exists():
+        raise BadInput(f"{key}: {value} does not exist; give {what}: {key}=PATH")
+    return Path(value)
+
+
+def nearest_batches(global_batch: int, unit: int) -> str:
+    """The multiples of `unit` on both sides of `global_batch`, for an error message."""
+    below = global_batch // unit * unit
+    return ", ".join(str(b) for b in (below, below + unit) if b > 0)

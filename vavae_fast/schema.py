@@ -1,0 +1,246 @@
+"""The config of a LightningDiT run: every key, its default, its reason, its check.
+
+Keys of the reference repository come first and keep its defaults; those under `# ours` leave its results as they are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vavae_fast.errors import BadInput, require
+
+SIZES = ("S", "B", "L", "XL", "1p0B", "1p6B")
+MODEL_TYPES = (*(f"LightningDiT-{size}/{patch}" for size in SIZES for patch in (1, 2)), "custom")
+
+# Published settings, by the paper's table; `sample --preset` overrides `sample.*` with them.
+_PAPER = dict(mode="ODE", sampling_method="euler", num_sampling_steps=250, timestep_shift=0.3, labels="random")
+SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
+    "paper-64ep": dict(_PAPER, cfg_scale=10.0, cfg_interval_start=0.10),
+    "paper-800ep": dict(_PAPER, cfg_scale=6.7, cfg_interval_start=0.125),
+    "paper-ablation": dict(_PAPER, sampling_method="dopri5", cfg_scale=1.0, cfg_interval_start=0.0, timestep_shift=0.0),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`data:` of a LightningDiT config."""
+
+    data_path: str | None = None  # latent shards and latents_stats.pt
+    valid_path: str | None = None  # latent shards of a validation set; its loss is logged at every checkpoint
+    fid_reference_file: str | None = None
+    image_size: int = 256
+    num_classes: int = 1000
+    num_workers: int = 8  # the reference's loader processes; ours reads with threads and needs none
+    latent_norm: bool = False  # (z - mean) / std per channel
+    latent_multiplier: float = 0.18215
+    # ours
+    path: str | None = None  # images
+
+    def __post_init__(self):
+        require(self.image_size > 0, "image_size", self.image_size, "above 0")
+        require(self.num_classes > 0, "num_classes", self.num_classes, "above 0")
+        require(self.latent_multiplier > 0, "latent_multiplier", self.latent_multiplier, "above 0")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """`vae:` of a LightningDiT config: which tokenizer made the latents."""
+
+    model_name: str = "vavae_f16d32"  # free text
+    downsample_ratio: int = 16
+    # ours
+    ckpt_path: str | None = None  # .pt, .safetensors, a checkpoint folder or a run folder
+
+    def __post_init__(self):
+        require(self.downsample_ratio > 0, "downsample_ratio", self.downsample_ratio, "above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`model:` of a LightningDiT config."""
+
+    model_type: str = "LightningDiT-XL/1"
+    use_qknorm: bool = False
+    use_swiglu: bool = False
+    use_rope: bool = False
+    use_rmsnorm: bool = False
+    wo_shift: bool = False
+    in_chans: int = 4
+    use_checkpoint: bool = False  # recompute each block in the backward pass: less memory, about a third more time
+    # ours
+    learn_sigma: bool = False
+    class_dropout_prob: float = 0.1
+    hidden_size: int | None = None  # these four with model_type: custom
+    depth: int | None = None
+    num_heads: int | None = None
+    patch_size: int | None = None
+    label_init_std: float = 0.02  # of the label embedding; small models on few classes learn their labels sooner with 0.5
+
+    def __post_init__(self):
+        if self.model_type not in MODEL_TYPES:
+            raise BadInput(f"model_type: unknown {self.model_type!r}; known: {', '.join(MODEL_TYPES)}")
+        for key in ("hidden_size", "depth", "num_heads", "patch_size"):
+            value = getattr(self, key)
+            require((value is not None) == (self.model_type == "custom"), key, value, "given with model_type: custom, and only then")
+            require(value is None or value > 0, key, value, "above 0")
+        if self.hidden_size:
+            require(self.hidden_size % self.num_heads == 0, "hidden_size", self.hidden_size, f"a multiple of num_heads {self.num_heads}")
+            head_dim = self.hidden_size // self.num_heads
+            require(not self.use_rope or head_dim % 4 == 0, "hidden_size / num_heads", head_dim, "a multiple of 4 for 2-D RoPE")
+        require(self.in_chans > 0, "in_chans", self.in_chans, "above 0")
+        require(0 <= self.class_dropout_prob < 1, "class_dropout_prob", self.class_dropout_prob, "in [0, 1)")
+        require(self.label_init_std > 0, "label_init_std", self.label_init_std, "above 0")
+
+    @property
+    def patch(self) -> int:
+        return self.patch_size or int(self.model_type.rsplit("/", 1)[1])
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`train:` of both kinds. A tokenizer takes steps and batch from `lightning.trainer` and `data.params` when null here."""
+
+    max_steps: int | None = None
+    global_batch_size: int | None = None  # = micro_batch_size x processes x accumulation, exactly
+    global_seed: int = 0
+    output_dir: str = "output"
+    exp_name: str | None = None  # null: the config file's name
+    ckpt: str | None = None
+    weight_init: str | None = None  # start from these weights
+    log_every: int = 100
+    ckpt_every: int = 20000
+    resume: bool | None = None  # false: refuse a run folder that holds checkpoints
+    use_checkpoint: bool | None = None  # the reference prints this key and trains by model.use_checkpoint; so do we
+    # ours
+    micro_batch_size: int | None = None  # samples a process holds at once; null: its whole share
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    fused: bool = False  # run the operators of vavae_kernels
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False  # decay = min(ema_decay, (1 + step) / (10 + step)): for short runs
+    keep_last: int | None = None  # checkpoints kept; null: all
+    max_skipped: int = 10  # non-finite steps in a row before the run stops
+
+    def __post_init__(self):
+        for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "max_skipped"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, value, "above 0")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        require(self.keep_last is None or self.keep_last >= 2, "keep_last", self.keep_last, "2 or more, or null for all")
+        require(self.global_seed >= 0, "global_seed", self.global_seed, "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`optimizer:`. AdamW for LightningDiT, Adam for the tokenizer; the learning rate is never scaled by the batch."""
+
+    lr: float = 2e-4
+    beta2: float = 0.95  # beta1 is 0.9
+    max_grad_norm: float | None = None  # L2 over all parameters; null: no clipping
+    # ours
+    weight_decay: float = 0.0
+    warmup_steps: int = 0  # linear from 0 to lr
+    decay_fraction: float = 0.0  # the last part of the run in which lr falls linearly to 0
+
+    def __post_init__(self):
+        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
+        require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0, or null")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """`transport:`: path, prediction and the distribution of t."""
+
+    path_type: Literal["Linear", "GVP", "VP"] = "Linear"
+    prediction: Literal["velocity", "score", "noise"] = "velocity"
+    loss_weight: Literal["velocity", "likelihood"] | None = None
+    sample_eps: float | None = None
+    train_eps: float | None = None
+    use_cosine_loss: bool = False
+    use_lognorm: bool = False
+    partitial_train: tuple[float, float] | None = None
+    partial_ratio: float = 1.0
+    shift_lg: bool = False
+    # ours
+    lognorm_until: int | None = None  # step from which t is uniform again (the 800-epoch recipe: 600,000)
+
+    def __post_init__(self):
+        if self.partitial_train:
+            low, high = self.partitial_train
+            require(0 <= low < high <= 1, "partitial_train", self.partitial_train, "an interval inside [0, 1]")
+        require(0 <= self.partial_ratio <= 1, "partial_ratio", self.partial_ratio, "in [0, 1]")
+        require(self.lognorm_until is None or self.lognorm_until > 0, "lognorm_until", self.lognorm_until, "above 0, or null")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """`sample:`. `num_sampling_steps` counts grid points: N points are N - 1 Euler steps, as in the reference."""
+
+    mode: Literal["ODE", "SDE"] = "ODE"
+    sampling_method: str = "euler"
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    reverse: bool = False
+    likelihood: bool = False
+    num_sampling_steps: int = 250
+    cfg_scale: float = 1.0  # 1: no guidance
+    per_proc_batch_size: int = 4
+    fid_num: int = 50000
+    cfg_interval_start: float = 0.0  # guidance acts where start <= t <= end; t = 0 is noise
+    timestep_shift: float = 0.0  # t' = s t / (1 + (s - 1) t); 0: none
+    # ours
+    cfg_interval_end: float = 1.0
+    cfg_channels: int | Literal["all"] = 3  # 3: as released checkpoints were evaluated
+    labels: Literal["random", "balanced"] = "random"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    error_norm: Literal["sample", "batch"] = "sample"  # dopri5's error: per image, or over the batch as torchdiffeq's
+    diffusion_form: str = "SBDM"  # these four for mode SDE
+    diffusion_norm: float = 1.0
+    last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
+    last_step_size: float = 0.04
+
+    def __post_init__(self):
+        require(self.num_sampling_steps >= 2, "num_sampling_steps", self.num_sampling_steps, "2 or more")
+        require(self.per_proc_batch_size > 0, "per_proc_batch_size", self.per_proc_batch_size, "above 0")
+        require(self.fid_num > 0, "fid_num", self.fid_num, "above 0")
+        require(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "0 or more")
+        require(self.timestep_shift >= 0, "timestep_shift", self.timestep_shift, "0 or more")
+        require(self.atol > 0 and self.rtol > 0, "atol, rtol", (self.atol, self.rtol), "above 0")
+        require(self.cfg_channels == "all" or self.cfg_channels > 0, "cfg_channels", self.cfg_channels, 'above 0, or "all"')
+        require(not self.reverse and not self.likelihood, "reverse, likelihood", True, "false to sample images")
+        interval = (self.cfg_interval_start, self.cfg_interval_end)
+        require(0 <= interval[0] <= interval[1] <= 1, "cfg_interval", interval, "inside [0, 1]")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """`log:`. metrics.jsonl and log.txt are always written."""
+
+    to: list[Literal["tensorboard"]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LightningDiTConfig:
+    """A LightningDiT run: the reference's YAML, unchanged."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    ckpt_path: str | None = None
+
+    def __post_init__(self):
+        unit = self.vae.downsample_ratio * self.model.patch
+        if self.data.image_size % unit:
+            raise BadInput(f"data.image_size {self.data.image_size} is not a multiple of vae.downsample_ratio x patch size = {unit}")
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of a latent."""
+        return self.data.image_size // self.vae.downsample_ratio
