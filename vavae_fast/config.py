@@ -10,8 +10,8 @@ from vavae_fast.schema import SAMPLE_PRESETS, LightningDiTConfig, SampleConfig
 from vavae_fast.tokenizer_schema import TokenizerConfig
 
 __all__ = [
-    "SAMPLE_PRESETS", "Config", "LightningDiTConfig", "SampleConfig", "TokenizerConfig", "flatten", "given_path",
-    "load_config", "nearest_batches", "run_folder", "to_mapping", "to_yaml",
+    "SAMPLE_PRESETS", "Config", "LightningDiTConfig", "SampleConfig", "TokenizerConfig", "accumulation", "flatten",
+    "given_path", "load_config", "run_folder", "to_mapping", "to_yaml",
 ]  # fmt: skip
 
 Config = LightningDiTConfig | TokenizerConfig
@@ -51,7 +51,21 @@ def given_path(value: str | None, key: str, what: str) -> Path:
     return Path(value)
 
 
-def nearest_batches(global_batch: int, unit: int) -> str:
+def accumulation(global_batch: int, micro_batch: int | None, processes: int) -> tuple[int, int]:
+    """(micro batch, micro batches a step) of each process, so that their product over all processes is `global_batch`."""
+    if global_batch % processes:
+        near = _nearest_batches(global_batch, processes)
+        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {processes} processes; nearest: {near}")
+    share = global_batch // processes
+    micro = min(micro_batch or share, share)
+    if share % micro:
+        near = _nearest_batches(global_batch, processes * micro)
+        unit = f"{processes} processes x train.micro_batch_size {micro}"
+        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {unit}; nearest: {near}")
+    return micro, share // micro
+
+
+def _nearest_batches(global_batch: int, unit: int) -> str:
     """The multiples of `unit` on both sides of `global_batch`, for an error message."""
     below = global_batch // unit * unit
     return ", ".join(str(b) for b in (below, below + unit) if b > 0)

@@ -1,7 +1,8 @@
 """From YAML and `key.path=value` overrides to frozen dataclasses; every mistake is one line naming key and cure.
 
-The schemas stand in `schema.py` and `tokenizer_schema.py`. Scalars follow YAML 1.2 (`1e-4` is a number, `no` is text); anchors, duplicate keys
-and files over 1 MB are refused. Nothing here imports torch, so that `--help` and config errors answer at once.
+The schemas stand in `schema.py` and `tokenizer_schema.py`. Scalars follow YAML 1.2 (`1e-4` is a number, `no` is text);
+aliases, duplicate keys and files over 1 MB are refused. Nothing here imports torch, so that `--help` and config errors
+answer at once.
 """
 
 import dataclasses

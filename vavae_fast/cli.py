@@ -1,0 +1,168 @@
+"""The command line: a table of commands. Parses, loads the config, plans, and runs the plan.
+
+`plan` validates everything and writes nothing, so `--dry-run` prints it. Exit status: 0 done; 2 bad input, one line on
+stderr; 1 a fault of ours, with traceback; 130 interrupted. Nothing here imports torch.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from vavae_fast import __version__
+from vavae_fast.errors import BadInput
+
+COMMANDS = {
+    "demo": "the whole pipeline on embedded digits, in minutes, CPU or GPU",
+    "train-tokenizer": "images -> VA-VAE",
+    "extract": "images -> latent shards",
+    "train": "latent shards -> LightningDiT (also: torchrun train.py)",
+    "sample": "LightningDiT -> images",
+    "evaluate": "images -> FID, IS, precision, recall; or rFID, PSNR, SSIM, LPIPS of a tokenizer",
+    "analyze": "latents -> uniformity of their distribution (paper, Table 6)",
+    "export": "a run's checkpoint -> one .safetensors or .pt file",
+    "report": "a run folder -> one HTML page",
+    "doctor": "what works on this machine, what is missing, how to get it",
+}
+
+# Of the user's file system, not of ours: one line, status 2.
+_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+               errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        return _main(argv)
+    except BadInput as error:
+        if debug:
+            traceback.print_exc()
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug or error.errno not in _USER_ERRNO:
+            raise
+        return _complain(_file_system_line(error))
+    except MemoryError:
+        return _complain("out of memory; use a smaller batch (train.micro_batch_size, sample.per_proc_batch_size)")
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _complain(f"{str(error).split('. ')[0]}; use a smaller train.micro_batch_size, or model.use_checkpoint=true")
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"vavae-fast {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        raise BadInput(f"no command {name!r}{_nearest(name)}; commands: {', '.join(COMMANDS)}")
+    command = importlib.import_module("vavae_fast.commands." + name.replace("-", "_"))
+    args = parse(command, name, argv[1:])
+    if args is None:
+        return 0
+    config = _config(command, args)
+    if args.print_config:
+        from vavae_fast.config import to_yaml
+
+        print(to_yaml(config), end="")
+        return 0
+    plan = command.plan(config, args)
+    if args.dry_run:
+        print(plan.describe() if int(os.environ.get("RANK", 0)) == 0 else "", end="\n")
+        return 0
+    command.run(plan)
+    return 0
+
+
+def parse(command: Any, name: str, argv: list[str]) -> argparse.Namespace | None:
+    """The command's arguments beside those of every command; None when --help was asked for and printed."""
+    parser = _Parser(prog=f"vavae-fast {name}", description=command.__doc__, epilog=f"example:\n  {command.EXAMPLE}", add_help=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    if hasattr(command, "CONFIG"):
+        parser.add_argument("--config", metavar="FILE", required=True, help="YAML file; the reference's own run unchanged")
+    command.arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="validate everything, print what would be done, write nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and leave")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("-h", "--help", action="store_true", help="show this and leave")
+    if hasattr(command, "CONFIG"):
+        parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override config keys; values are YAML")
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return None
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+        if len(overrides) != len(rest) or not hasattr(command, "CONFIG"):
+            wrong = next(word for word in rest if word not in overrides or not hasattr(command, "CONFIG"))
+            parser.error(f"unknown argument {wrong}")
+        known.overrides += overrides
+    return known
+
+
+def _config(command: Any, args: argparse.Namespace) -> Any:
+    if not hasattr(command, "CONFIG"):
+        if args.print_config:
+            raise BadInput("this command takes no config")
+        return None
+    from vavae_fast.config import load_config
+
+    return load_config(args.config, tuple(args.overrides), kind=command.CONFIG)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"vavae-fast {__version__}: train and sample VA-VAE + LightningDiT (arXiv 2501.01423)\n\n"
+        f"usage: vavae-fast COMMAND [--config FILE] [key.path=value ...] [flags]\n\n{lines}\n\n"
+        "example:\n  vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data_path=latents --dry-run\n\n"
+        "vavae-fast COMMAND --help shows a command's own flags."
+    )
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _complain(line: str) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"error: {' '.join(line.split())}" if rank == 0 else f"error (rank {rank}): {' '.join(line.split())}", file=sys.stderr)
+    return 2
+
+
+def _file_system_line(error: OSError) -> str:
+    cures = {
+        errno.ENOSPC: "make room, or choose another output folder",
+        errno.EDQUOT: "the quota is used up; make room, or choose another output folder",
+        errno.ENOENT: "check the path",
+    }
+    cure = cures.get(error.errno, "choose another path, or change its permissions")
+    return f"{error.filename or 'file system'}: {error.strerror}; {cure}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

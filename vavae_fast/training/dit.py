@@ -1,0 +1,99 @@
+"""The LightningDiT step: paper section 4; reference train.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vavae_fast import rng
+from vavae_fast.data.latents import LatentBatch
+from vavae_fast.distributed import World
+from vavae_fast.flow.transport import Transport
+from vavae_fast.schema import OptimizerConfig
+from vavae_fast.training.checkpoint import Groups
+from vavae_fast.training.ema import EMA
+from vavae_fast.training.guard import Guard
+from vavae_fast.training.optimizer import (
+    clip_gradients, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate, trainable,
+)  # fmt: skip
+from vavae_fast.training.parallel import average_gradients
+
+
+@dataclass
+class DiTState:
+    """What a LightningDiT run trains. `transport_late` takes over from step `late_from` (uniform t after logit-normal)."""
+
+    model: nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    transport: Transport
+    guard: Guard
+    world: World
+    seed: int
+    settings: OptimizerConfig
+    max_steps: int
+    bf16: bool
+    transport_late: Transport | None = None
+    late_from: int = 0
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.settings.lr, step, self.max_steps, self.settings.warmup_steps, self.settings.decay_fraction)
+
+    def groups(self) -> Groups:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, trainable(self.model)),
+            "guard": {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+        }
+
+    def load_groups(self, groups: Groups, source: str) -> None:
+        self.model.load_state_dict(groups["model"])
+        self.ema.load_state_dict(groups["ema"])
+        load_optimizer_tensors(self.optimizer, trainable(self.model), groups["optimizer"], source)
+        self.guard.skipped.copy_(groups["guard"]["skipped"])
+        self.guard.in_a_row.copy_(groups["guard"]["in_a_row"])
+
+
+def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> dict[str, Tensor]:
+    """One optimizer step of LightningDiT on this process's micro-batches. No host sync: values are () tensors on the device.
+
+    A non-finite gradient leaves weights, moments and EMA as they were and counts in `guard.skipped`.
+    """
+    set_learning_rate(state.optimizer, state.learning_rate(step))
+    means: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        terms = flow_terms(state, step, batch)
+        (terms["loss"] / len(micro_batches)).backward()
+        for key, value in terms.items():
+            means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    average_gradients(parameters, state.world)
+    grad_norm = clip_gradients(parameters, state.settings.max_grad_norm)
+    ok = state.guard.step(state.optimizer, grad_norm)
+    state.ema.update(step, ok)
+    state.optimizer.zero_grad(set_to_none=True)
+    return means | {"grad_norm": grad_norm}
+
+
+def flow_terms(state: DiTState, step: int, batch: LatentBatch) -> dict[str, Tensor]:
+    """loss = mse + cos of one micro-batch; noise, t and dropped labels are functions of (seed, position in the run)."""
+    late = state.transport_late is not None and step >= state.late_from
+    transport = state.transport_late if late else state.transport
+    x0 = rng.normal(state.seed, batch.index, like=batch.latents)
+    t = transport.times_from(time_draw(state.seed, batch.index, transport.use_lognorm))
+    dropped = rng.uniform(state.seed, batch.index, rng.Stream.LABEL_DROP) < state.model.y_embedder.dropout_prob
+    with torch.autocast(batch.latents.device.type, torch.bfloat16, enabled=state.bf16):
+        terms = transport.training_losses(state.model, batch.latents, dict(y=batch.labels, drop_labels=dropped), x0=x0, t=t)
+    mse = terms["loss"].mean()
+    if "cos_loss" not in terms:
+        return {"loss": mse, "mse": mse}
+    cos = terms["cos_loss"].mean()
+    return {"loss": mse + cos, "mse": mse, "cos": cos}
+
+
+def time_draw(seed: int, index: Tensor, lognorm: bool) -> Tensor:
+    """(B,) standard normal (logit-normal t) or uniform draws."""
+    if not lognorm:
+        return rng.uniform(seed, index, rng.Stream.TIME)
+    return rng.normal(seed, index, torch.empty(index.shape[0], 1, device=index.device), rng.Stream.TIME)[:, 0]

@@ -1,0 +1,111 @@
+"""What a run says: the screen, log.txt, metrics.jsonl and, when asked for, TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from vavae_fast.errors import BadInput
+
+QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress line in this time
+
+
+class RunLog:
+    """Writes for one process; every other process of the run holds one with `folder=None`, which is silent."""
+
+    def __init__(self, folder: Path | None, title: str, boards: tuple[str, ...] = (), resume_step: int = 0):
+        self.folder, self.title = folder, title
+        self.terminal = sys.stdout.isatty()
+        self.last_line, self.open_line = -math.inf, False
+        self.board = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _forget_after(folder / "metrics.jsonl", resume_step)
+            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            self.text = open(folder / "log.txt", "a", encoding="utf-8")
+            if "tensorboard" in boards:
+                self.board = _tensorboard(folder / "tensorboard", resume_step)
+
+    def say(self, line: str) -> None:
+        """One line, to the screen and log.txt."""
+        if self.folder is None:
+            return
+        self._end_line()
+        print(f"{self.title}  {line}", flush=True)
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        self.text.flush()
+
+    def step(self, values: dict[str, float], max_steps: int, seconds_left: float) -> None:
+        """One logged step: `values` hold `step`, `loss`, `lr`, `images_per_second`, `data_wait` and whatever else."""
+        if self.folder is None:
+            return
+        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        self.metrics.write(json.dumps(finite) + "\n")
+        self.metrics.flush()
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, int(values["step"]))
+        line = progress_line(values, max_steps, seconds_left)
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        self.text.flush()
+        now = time.monotonic()
+        if self.terminal:
+            print(f"\r\033[K{self.title}  {line}", end="", flush=True)
+            self.open_line = True
+        elif now - self.last_line >= QUIET_SECONDS or values["step"] >= max_steps:
+            print(f"{self.title}  {line}", flush=True)
+            self.last_line = now
+
+    def close(self) -> None:
+        if self.folder is None:
+            return
+        self._end_line()
+        self.metrics.close()
+        self.text.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _end_line(self) -> None:
+        if self.open_line:
+            print(flush=True)
+            self.open_line = False
+
+
+def progress_line(values: dict[str, float], max_steps: int, seconds_left: float) -> str:
+    """`step 200/80000  loss 0.742  lr 2e-4  412 img/s  data 0%  ETA 6 h 53 m`."""
+    shown = {key: values[key] for key in ("loss", "mse", "rec", "mcos", "mdms") if key in values}
+    terms = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    rate = f"{values['images_per_second']:.0f} img/s  data {100 * values['data_wait']:.0f}%"
+    skipped = f"  skipped {values['skipped']:.0f}" if values.get("skipped") else ""
+    return f"step {values['step']:.0f}/{max_steps}  {terms}  lr {values['lr']:.2g}  {rate}{skipped}  ETA {readable_time(seconds_left)}"
+
+
+def readable_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} m" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop logged steps beyond `step`: a run that was cut off logs them again."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut short
+
+
+def _tensorboard(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("log.to=[tensorboard]: tensorboard is not installed; pip install 'vavae-fast[log]', or remove the key") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)

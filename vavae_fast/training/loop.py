@@ -1,0 +1,171 @@
+"""The training loop, the same for both stages: step, log, save, stop, go on.
+
+A stage brings a state (what is trained and saved) and a step (what is done with a batch). The loop brings the rest:
+resume from the newest complete checkpoint, means since the last log line read with one host sync, checkpoints,
+SIGINT and SIGTERM answered by a checkpoint.
+"""
+
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vavae_fast.distributed import World
+from vavae_fast.training.checkpoint import Groups, latest_checkpoint, load_checkpoint, save_checkpoint
+from vavae_fast.training.guard import Guard
+from vavae_fast.training.log import RunLog
+
+STOP_CHECK_STEPS = 10  # with several processes: how often they agree on a signal
+
+
+class State(Protocol):
+    """What a stage trains."""
+
+    guard: Guard
+
+    def groups(self) -> Groups:
+        """File name -> named tensors: everything a checkpoint holds."""
+
+    def load_groups(self, groups: Groups, source: str) -> None:
+        """Put back what `groups` gave."""
+
+    def learning_rate(self, step: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how often, where."""
+
+    folder: Path
+    max_steps: int
+    global_batch: int
+    log_every: int
+    ckpt_every: int
+    keep_last: int | None
+    facts: dict[str, Any]  # into every checkpoint's manifest
+
+
+class StopSignal:
+    """SIGINT and SIGTERM, noticed and not yet answered; the old handlers come back on exit."""
+
+    def __enter__(self) -> "StopSignal":
+        self.name: str | None = None
+        self.old = {s: signal.signal(s, self._notice) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _notice(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def resume(state: State, folder: Path, log: RunLog) -> int:
+    """Load the newest complete checkpoint of a run into `state`; returns its step, 0 when there is none."""
+    newest = latest_checkpoint(folder, log.say)
+    if newest is None:
+        return 0
+    groups, manifest = load_checkpoint(newest, verify=False)
+    state.load_groups(groups, str(newest))
+    log.say(f"continues from {newest}")
+    return manifest["step"]
+
+
+def train(
+    state: State,
+    step: Callable[[State, int, list[Any]], dict[str, Tensor]],
+    batches: Iterator[list[Any]],
+    settings: LoopSettings,
+    world: World,
+    log: RunLog,
+    start: int,
+) -> int:
+    """Run steps `start` to `max_steps`; `batches` gives a step's micro-batches. Returns the number of steps done."""
+    meter = _Meter(settings.global_batch)
+    saved = start
+    with StopSignal() as stop:
+        for done in range(start + 1, settings.max_steps + 1):
+            with meter.waiting():
+                micro_batches = next(batches)
+            meter.add(step(state, done - 1, micro_batches))
+            last = done == settings.max_steps
+            if done % settings.log_every == 0 or last:
+                values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)}
+                log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
+                state.guard.check(done)
+            stopped = _agreed(stop.name is not None, done, world)
+            if done % settings.ckpt_every == 0 or last or stopped:
+                _save(state, settings, world, done)
+                saved = done
+            if stopped:
+                log.say(f"{stop.name or 'signal'}: saved step {saved} in {settings.folder / 'checkpoints'}; the same command continues from there")
+                return done
+    return settings.max_steps
+
+
+def _agreed(flag: bool, step: int, world: World) -> bool:
+    if world.size == 1:
+        return flag
+    return step % STOP_CHECK_STEPS == 0 and world.any(flag)
+
+
+def _save(state: State, settings: LoopSettings, world: World, step: int) -> None:
+    if world.main:
+        save_checkpoint(settings.folder / "checkpoints", step, state.groups(), settings.facts, settings.keep_last)
+    world.barrier()
+
+
+class _Meter:
+    """Means of a step's values since the last reading, kept on the device; rates by the wall clock."""
+
+    def __init__(self, global_batch: int):
+        self.global_batch = global_batch
+        self.seconds_a_step = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.started = 0, 0.0, time.perf_counter()
+
+    def waiting(self) -> "_Meter":
+        return self
+
+    def __enter__(self) -> None:
+        self.wait_started = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.waited += time.perf_counter() - self.wait_started
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.steps += 1
+
+    def read(self, world: World) -> dict[str, float]:
+        """Means over the steps since the last reading and over all processes: one host sync."""
+        means = world.mean(torch.stack([value.float() for value in self.sums.values()]) / self.steps).tolist()
+        seconds = time.perf_counter() - self.started
+        self.seconds_a_step = seconds / self.steps
+        rates = {
+            "images_per_second": self.global_batch * self.steps / seconds,
+            "data_wait": self.waited / seconds,
+            "seconds": seconds,
+            "memory_gb": _peak_memory() / 1e9,
+        }
+        values = dict(zip(self.sums, means)) | rates
+        self._reset()
+        return values
+
+
+def _peak_memory() -> int:
+    """Bytes: the most that PyTorch held on the GPU, or this process's largest resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,58 @@
+"""Optimizers, the learning-rate schedule, gradient clipping, and their state as plain named tensors."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from vavae_fast.errors import BadInput
+
+NamedParameters = dict[str, nn.Parameter]
+
+
+def trainable(*modules: nn.Module | tuple[str, nn.Module]) -> NamedParameters:
+    """The parameters that ask for gradients, by name; a (prefix, module) pair names them `prefix.name`."""
+    named: NamedParameters = {}
+    for entry in modules:
+        prefix, module = entry if isinstance(entry, tuple) else ("", entry)
+        named.update({f"{prefix}.{n}" if prefix else n: p for n, p in module.named_parameters() if p.requires_grad})
+    return named
+
+
+def learning_rate(base: float, step: int, max_steps: int, warmup_steps: int = 0, decay_fraction: float = 0.0) -> float:
+    """The rate of step `step`, counted from 0: linear warm-up, constant, linear to 0 over the last `decay_fraction`."""
+    rate = base * min(1.0, (step + 1) / (warmup_steps + 1))
+    decay_steps = decay_fraction * max_steps
+    return rate * min(1.0, (max_steps - step) / decay_steps) if decay_steps else rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The L2 norm of all gradients, a () tensor on the device; they are scaled down to `max_norm` where it is larger."""
+    parameters = list(parameters)
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters) -> dict[str, Tensor]:
+    """The optimizer's state as `<slot>.<parameter name>` -> tensor; a parameter without state yet has none."""
+    return {f"{slot}.{name}": value for name, p in named.items() for slot, value in optimizer.state.get(p, {}).items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor], source: str) -> None:
+    """Put back what `optimizer_tensors` gave; a name or shape that does not fit is `BadInput` naming it."""
+    for key, value in tensors.items():
+        slot, _, name = key.partition(".")
+        if name not in named:
+            raise BadInput(f"{source}: optimizer state of {name!r}, which the model does not have; resume with the run's own config")
+        parameter = named[name]
+        if slot != "step" and value.shape != parameter.shape:
+            raise BadInput(f"{source}: {key} has shape {tuple(value.shape)}, the parameter has {tuple(parameter.shape)}")
+        optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
