@@ -11,7 +11,7 @@ _WHERE = {
     "LIGHTNINGDIT_SIZES": "lightningdit",
     "AutoencoderKL": "autoencoder",
     "DiagonalGaussian": "autoencoder",
-    "load_autoencoder": "autoencoder",
+    "load_autoencoder": "weights",
     "PatchDiscriminator": "discriminator",
     "LPIPS": "perceptual",
     "create_foundation_model": "foundation",
