@@ -1,0 +1,1 @@
+"""One file an operator: formula, bytes, reference, public function."""

@@ -1,0 +1,45 @@
+"""Group normalisation and SiLU of the tokenizer's residual blocks: n = (x - mean_g) · rstd_g · w_c + b_c; y = n · sigmoid(n).
+
+Wu & He 2018; mean and variance over the pixels and channels of a group, in fp32.
+
+Shapes  x (B, C, H, W), weight, bias (C,) -> y (B, C, H, W) in x's dtype and memory format (channels_last stays so:
+        torch's own GroupNorm gives NCHW). Arithmetic fp32, one rounding, at the store of y.
+Saved   x, mean, rstd (B, G).  HBM bytes an element at s bytes: forward 3 s, backward 5 s.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import arithmetic_dtype, check, check_shape, check_tensors
+from .._registry import use_triton
+
+
+def group_norm_silu_reference(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6, silu: bool = True
+) -> Tensor:
+    """x (B, C, H, W), weight, bias (C,) -> (B, C, H, W) in x's dtype and memory format."""
+    dtype = arithmetic_dtype(x, weight, bias)
+    n = F.group_norm(x.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
+    y = (n * torch.sigmoid(n) if silu else n).to(x.dtype)
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6, silu: bool = True, impl: str = "auto"
+) -> Tensor:
+    """Group normalisation, then SiLU unless silu=False. x (B, C, H, W), weight, bias (C,) -> y like x."""
+    op = "group_norm_silu"
+    check_tensors(op, x=x, weight=weight, bias=bias)
+    check(x.ndim == 4, op, f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    channels = x.shape[1]
+    check(num_groups > 0 and channels % num_groups == 0, op, f"{channels} channels do not divide into {num_groups} groups")
+    check_shape(op, "weight", weight, (channels,))
+    check_shape(op, "bias", bias, (channels,))
+    use_triton(op, impl)
+    return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu)

@@ -1,0 +1,93 @@
+"""Packed qkv -> q and k, normalised per head and rotated by their place in the image; v as it is.
+
+Norm    over the head dimension, optional: "rms" (with weight) or "layer" (weight and bias).  Dehghani et al. 2023.
+Rotary  for each pair (x_2i, x_2i+1), as a complex number: x -> x · (cos_i + i sin_i).  Su et al. 2021; the tables of
+        LightningDiT hold row angles in their first half of columns and column angles in the second (EVA-02, 2-D axial).
+
+Shapes  qkv (B, N, 3, H, Dh) of any strides; cos, sin (N, Dh), both columns of a pair alike: the even ones are read;
+        weights and biases (Dh,) -> q, k, v (B, H, N, Dh) in qkv's dtype; v is a view of qkv.
+Dtypes  arithmetic fp32, one rounding, at the stores of q and k. cos and sin are tables: they get no gradient.
+Saved   qkv, cos, sin (and rstd).  HBM bytes a token of H Dh elements at s bytes: forward 4 H Dh s, backward 6 H Dh s
+        (8 with the norm).
+"""
+
+import torch
+from torch import Tensor
+
+from .._checks import arithmetic_dtype, check, check_no_grad, check_shape, check_tensors
+from .._registry import use_triton
+from .norm_modulate import normalized
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., N, Dh) with each interleaved pair turned by its angle, cos and sin (N, Dh); in x's dtype."""
+    c, s = cos[:, ::2].to(x.dtype), sin[:, ::2].to(x.dtype)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((real * c - imaginary * s, imaginary * c + real * s), dim=-1).flatten(-2)
+
+
+def _head(x: Tensor, cos, sin, weight, bias, norm: str | None, eps: float) -> Tensor:
+    """One of q, k: (B, N, H, Dh), promoted by the caller -> (B, H, N, Dh)."""
+    if norm is not None:
+        x = normalized(x, weight, norm, eps)
+    if bias is not None:
+        x = x + bias.to(x.dtype)
+    x = x.transpose(1, 2)
+    return x if cos is None else rotated(x, cos, sin)
+
+
+def qk_norm_rope_reference(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    norm: str | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, N, 3, H, Dh), cos, sin (N, Dh) -> q, k, v (B, H, N, Dh) in qkv's dtype."""
+    dtype = arithmetic_dtype(qkv, q_weight, k_weight, q_bias, k_bias)
+    q, k, v = qkv.unbind(2)
+    q = _head(q.to(dtype), cos, sin, q_weight, q_bias, norm, eps)
+    k = _head(k.to(dtype), cos, sin, k_weight, k_bias, norm, eps)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v.transpose(1, 2)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    norm: str | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention's prologue. qkv (B, N, 3, H, Dh), cos, sin (N, Dh) or None -> q, k, v (B, H, N, Dh) in qkv's dtype.
+
+    norm is None, "rms" or "layer"; weights and biases (Dh,). cos = sin = None rotates nothing. v is a view of qkv.
+    """
+    check_qkv("qk_norm_rope", qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm)
+    use_triton("qk_norm_rope", impl)
+    return qk_norm_rope_reference(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
+
+
+def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias, norm: str | None) -> None:
+    """Shapes of the docstring; weights only beside a norm, biases only beside "layer"."""
+    check_tensors(op, qkv=qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    check(qkv.ndim == 5 and qkv.shape[2] == 3, op, f"qkv must be (B, N, 3, H, Dh), got shape {tuple(qkv.shape)}")
+    tokens, head_dim = qkv.shape[1], qkv.shape[4]
+    check(norm in (None, "rms", "layer"), op, f"norm must be None, 'rms' or 'layer', got {norm!r}")
+    check((cos is None) == (sin is None), op, "cos and sin come together, or both None")
+    check(cos is None or head_dim % 2 == 0, op, f"the rotary embedding turns pairs: head dimension {head_dim} must be even")
+    check_shape(op, "cos", cos, (tokens, head_dim))
+    check_shape(op, "sin", sin, (tokens, head_dim))
+    check_no_grad(op, cos=cos, sin=sin)
+    for name, tensor in {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}.items():
+        check_shape(op, name, tensor, (head_dim,))
+    check(norm is not None or (q_weight is None and k_weight is None), op, "q_weight and k_weight need norm='rms' or 'layer'")
+    check(norm == "layer" or (q_bias is None and k_bias is None), op, "q_bias and k_bias need norm='layer'")

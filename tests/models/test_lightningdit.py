@@ -1,0 +1,437 @@
+"""LightningDiT: laws of its parts, agreement of the fused and the plain form, parity with the reference's tensors."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.func import functional_call
+
+from vavae_fast.errors import BadInput
+from vavae_fast.models import LIGHTNINGDIT_SIZES, LightningDiT, create_lightningdit
+from vavae_fast.models.lightningdit import activation_bytes_per_image, flops_per_image, parameter_count
+from vavae_fast.models.lightningdit_layers import RMSNorm, RotaryEmbedding2D, TimestepEmbedder
+
+CASES = ("lightning", "qknorm", "no_shift", "plain_dit_p2", "learn_sigma")
+TINY = dict(input_size=4, patch_size=1, in_channels=5, hidden_size=32, depth=3, num_heads=4, num_classes=7)
+FORMS = {
+    "lightning": dict(use_swiglu=True, use_rope=True, use_rmsnorm=True),
+    "qknorm": dict(use_swiglu=True, use_rope=True, use_rmsnorm=True, use_qknorm=True),
+    "layer_qknorm": dict(use_swiglu=True, use_rope=True, use_qknorm=True),
+    "no_shift": dict(use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=True),
+    "dit": dict(patch_size=2),
+    "learn_sigma": dict(use_swiglu=True, use_rope=True, use_rmsnorm=True, learn_sigma=True),
+}
+
+
+def tiny(dtype=torch.float32, **changes) -> LightningDiT:
+    """A small model whose every parameter is a seeded draw: as initialised, the zero gates would hide all blocks."""
+    model = LightningDiT(**{**TINY, **changes})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                fan_in = p[0].numel() if p.ndim > 1 else 16
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.7 / fan_in**0.5 + (1.0 if "norm" in name else 0.0))
+    return model.to(dtype).eval()
+
+
+def batch(model: LightningDiT, count: int = 3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(count, model.in_channels, model.input_size, model.input_size, generator=generator, dtype=dtype)
+    t = torch.rand(count, generator=generator, dtype=dtype)
+    return x, t, torch.randint(0, model.num_classes, (count,), generator=generator)
+
+
+def relative(a, b) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def gradients(model, x, t, y) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(x, t, y).float().square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Laws
+
+
+def test_rotary_embedding_is_a_complex_rotation():
+    """Each interleaved pair is a complex number, turned by row · f_i in the first half and by column · f_i in the second."""
+    grid, head_dim = 3, 12
+    rope = RotaryEmbedding2D(head_dim, grid).double()
+    frequency = 10000.0 ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+    place = torch.arange(grid, dtype=torch.float64)
+    row, column = (p.flatten() for p in torch.meshgrid(place, place, indexing="ij"))
+    angle = torch.cat([torch.outer(row, frequency), torch.outer(column, frequency)], dim=1)
+    rope.freqs_cos, rope.freqs_sin = (f(angle).repeat_interleave(2, dim=1) for f in (torch.cos, torch.sin))
+    x = torch.randn(2, 4, grid * grid, head_dim, dtype=torch.float64)
+    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+    torch.testing.assert_close(rope(x), turned, rtol=0, atol=1e-14)
+    built = RotaryEmbedding2D(head_dim, grid)
+    torch.testing.assert_close(built.freqs_cos.double(), rope.freqs_cos, rtol=0, atol=2e-7)
+    torch.testing.assert_close(built.freqs_sin.double(), rope.freqs_sin, rtol=0, atol=2e-7)
+
+
+def test_rotary_scores_depend_on_the_offset_alone():
+    """q·k of two tokens is a function of (row - row', column - column'): what makes the embedding relative."""
+    grid = 4
+    rope = RotaryEmbedding2D(8, grid)
+    q, k = torch.randn(8), torch.randn(8)
+    scores = rope(q.expand(1, 1, grid * grid, 8))[0, 0] @ rope(k.expand(1, 1, grid * grid, 8))[0, 0].T
+    scores = scores.view(grid, grid, grid, grid)
+    torch.testing.assert_close(scores[1, 2, 0, 3], scores[3, 0, 2, 1])
+    torch.testing.assert_close(scores[:-1, :, :-1, :], scores[1:, :, 1:, :], atol=1e-5, rtol=1e-5)
+    assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-3  # rows and columns are told apart
+
+
+def test_rms_norm_has_unit_mean_square():
+    x = 7 * torch.randn(5, 64, dtype=torch.float64)
+    torch.testing.assert_close(RMSNorm(64).double()(x).square().mean(-1), torch.ones(5, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_timestep_embedding_starts_with_cosines():
+    embedder = TimestepEmbedder(256).double()
+    embedder.mlp = nn.Sequential(nn.Linear(256, 256).double())
+    nn.init.eye_(embedder.mlp[0].weight)
+    nn.init.zeros_(embedder.mlp[0].bias)
+    out = embedder(torch.tensor([0.3]))[0]
+    assert out[0].item() == pytest.approx(math.cos(0.3), abs=1e-7) and out[128].item() == pytest.approx(math.sin(0.3), abs=1e-7)
+    assert out[64].item() == pytest.approx(math.cos(0.3 / 100), abs=1e-7)  # 10000 ** -(64 / 128)
+
+
+def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
+    model = LightningDiT(**TINY, use_rmsnorm=True, use_rope=True, use_swiglu=True)
+    x, t, y = batch(model)
+    assert model(x, t, y).abs().max() == 0
+    tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    torch.testing.assert_close(model.blocks[0](tokens, c, model.feat_rope), tokens, rtol=0, atol=0)
+
+
+def test_unpatchify_inverts_patches():
+    model = LightningDiT(**{**TINY, "patch_size": 2})
+    x = torch.randn(2, 5, 4, 4)
+    patches = x.unflatten(2, (2, 2)).unflatten(4, (2, 2)).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, 20)
+    torch.testing.assert_close(model.unpatchify(patches), x, rtol=0, atol=0)
+
+
+def test_sizes_and_counts_are_the_papers():
+    """675.26 M parameters (the official log) and 237.3 GFLOP for XL/1; training is three forwards: 711.8 GFLOP."""
+    with torch.device("meta"):
+        model = create_lightningdit("LightningDiT-XL/1")
+    assert f"{parameter_count(model) / 1e6:.2f}" == "675.26"
+    assert f"{flops_per_image(model) / 1e9:.1f}" == "237.3" and f"{3 * flops_per_image(model) / 1e9:.1f}" == "711.8"
+    with torch.device("meta"):
+        fused = create_lightningdit("LightningDiT-B/1", fused=True)
+    assert f"{flops_per_image(fused) / 1e9:.1f}" == "46.0"
+    assert set(LIGHTNINGDIT_SIZES) == {f"LightningDiT-{s}/{p}" for s in ("S", "B", "L", "XL", "1p0B", "1p6B") for p in (1, 2)}
+
+
+def test_swiglu_hidden_sizes_are_the_references():
+    for width, hidden in ((768, 2048), (1024, 2730), (1152, 3072), (1536, 4096), (1792, 4778)):
+        with torch.device("meta"):
+            model = LightningDiT(hidden_size=width, depth=1, num_heads=16, use_swiglu=True)
+        assert model.blocks[0].mlp.w3.in_features == hidden
+
+
+def test_activation_bytes():
+    """Eager XL/1 saves 32.7 units a block under autocast, a unit being one bf16 activation; checkpointing saves its input."""
+    config = dict(LIGHTNINGDIT_SIZES["LightningDiT-XL/1"], input_size=16, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+    unit = 256 * 1152 * 2
+    saved = activation_bytes_per_image(config, "bf16")
+    assert saved / unit / 28 == pytest.approx(32.7, rel=0.03)
+    assert activation_bytes_per_image(config, "fp32") > 1.5 * saved
+    checkpointed = activation_bytes_per_image(config, "bf16", checkpointing=True)
+    assert checkpointed == pytest.approx((28 * 2 + 33 + 20) * unit, rel=0.2)
+    with pytest.raises(BadInput, match="precision"):
+        activation_bytes_per_image(config, "fp16")
+
+
+def test_activation_bytes_of_a_checkpointed_model_are_what_it_keeps():
+    """Counted on the model itself: with checkpoints the blocks keep their inputs and nothing else."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    model = tiny(**FORMS["lightning"], use_checkpoint=True)
+    totals = []
+    for count in (1, 2):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(*batch(model, count))
+        totals.append(sum(storage.nbytes() for storage in kept.values()))
+        del out
+    one_block = activation_bytes_per_image({**model.config, "depth": 2}) - activation_bytes_per_image({**model.config, "depth": 1})
+    predicted = activation_bytes_per_image(model, "fp32", checkpointing=True)
+    assert totals[1] - totals[0] == pytest.approx(predicted, abs=3 * one_block)
+
+
+# One model, two forms
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+def test_fused_equals_plain(form, dtype, bound):
+    plain, fused = tiny(dtype, **form), tiny(dtype, **form, fused=True)
+    assert plain.state_dict().keys() == fused.state_dict().keys()
+    inputs = batch(plain, dtype=dtype)
+    assert relative(fused(*inputs), plain(*inputs)) < bound
+    expected, got = gradients(plain, *inputs), gradients(fused, *inputs)
+    assert expected.keys() == got.keys()
+    for name, grad in expected.items():
+        assert relative(got[name], grad) < 10 * bound or grad.abs().max() < bound, name
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_fused_is_no_less_accurate_under_autocast(form):
+    """Error against fp64 at most twice that of the plain form in the same autocast, plus a bf16 rounding (2 ** -9)."""
+    plain, fused, exact = tiny(**form), tiny(**form, fused=True), tiny(torch.float64, **form)
+    x, t, y = batch(plain)
+    truth = exact(x.double(), t.double(), y)
+    true_grads = gradients(exact, x.double(), t.double(), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [relative(model(x, t, y).double(), truth) for model in (fused, plain)]
+        fused_grads, plain_grads = gradients(fused, x, t, y), gradients(plain, x, t, y)
+    assert errors[0] <= 2 * (errors[1] + 2**-9), f"fused {errors[0]:.2e}, plain {errors[1]:.2e}"
+    for name, grad in true_grads.items():
+        ours, eager = relative(fused_grads[name].double(), grad), relative(plain_grads[name].double(), grad)
+        assert ours <= 2 * (eager + 2**-9), f"{name}: fused {ours:.2e}, plain {eager:.2e}"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_residual_stream_is_fp32_under_autocast(fused):
+    model = tiny(**FORMS["lightning"], fused=fused)
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda module, inputs: seen.append([i.dtype for i in inputs if isinstance(i, torch.Tensor)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch(model))
+    assert seen[0][0] == torch.float32
+    assert not fused or seen[0][1:3] == [torch.bfloat16, torch.bfloat16]  # what the last block's gate has yet to add
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_checkpointing_changes_no_gradient(fused):
+    model = tiny(**FORMS["qknorm"], fused=fused)
+    inputs = batch(model)
+    expected = {name: grad.clone() for name, grad in gradients(model, *inputs).items()}
+    model.use_checkpoint = True
+    for name, grad in gradients(model, *inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_whole_model_in_another_dtype_runs(dtype):
+    for fused in (False, True):
+        model = tiny(**FORMS["qknorm"], fused=fused).to(dtype)
+        assert model(*batch(model, dtype=dtype)).dtype == dtype
+
+
+def test_built_on_meta_and_filled_later():
+    """`to_empty` and `initialize_weights` give exactly what construction gives, buffers and fixed positions included."""
+    args = dict(TINY, **FORMS["layer_qknorm"])
+    with torch.device("meta"):
+        model = LightningDiT(**args)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(9.0)
+    model.initialize_weights()
+    expected, state = LightningDiT(**args).state_dict(), model.state_dict()
+    drawn = ("attn.qkv.weight", "attn.proj.weight", "mlp.w12.weight", "mlp.w3.weight", "embedder")
+    for name, tensor in expected.items():
+        if any(part in name for part in drawn) and not name.endswith("bias"):
+            assert state[name].std() == pytest.approx(tensor.std().item(), rel=0.5), name
+        else:
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+
+
+# Labels
+
+
+def test_drop_labels_replaces_exactly_those_labels():
+    model = tiny(**FORMS["lightning"])
+    x, t, y = batch(model)
+    drop = torch.tensor([True, False, True])
+    expected = model(x, t, torch.where(drop, model.num_classes, y))
+    torch.testing.assert_close(model(x, t, y, drop_labels=drop), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.train()(x, t, y, drop_labels=drop), expected, rtol=0, atol=0)
+
+
+def test_training_mode_drops_labels_at_the_given_rate():
+    model = LightningDiT(**{**TINY, "class_dropout_prob": 0.25}).train()
+    labels = torch.zeros(4000, dtype=torch.long)
+    null = model.y_embedder.embedding_table.weight[model.num_classes]
+    rate = (model.y_embedder(labels) == null).all(1).float().mean().item()
+    assert rate == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 4000))
+    assert not (model.eval().y_embedder(labels) == null).all(1).any()
+
+
+def test_without_dropout_there_is_no_null_class():
+    model = LightningDiT(**{**TINY, "class_dropout_prob": 0.0})
+    assert model.y_embedder.embedding_table.weight.shape[0] == 7
+    x, t, y = batch(model)
+    with pytest.raises(ValueError, match="class_dropout_prob"):
+        model(x, t, y, drop_labels=torch.tensor([True, False, True]))
+
+
+# Guidance
+
+
+def guidance_inputs(model):
+    x, t, y = batch(model, count=4)
+    return torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.num_classes)])
+
+
+@pytest.mark.parametrize("channels", [0, 3, "all"])
+def test_guidance_is_the_formula_on_the_first_channels(channels):
+    model = tiny(**FORMS["lightning"])
+    x, t, y = guidance_inputs(model)
+    count = 5 if channels == "all" else channels
+    label, null = model(x, t, y).chunk(2)
+    out_label, out_null = model.forward_with_cfg(x, t, y, 4.0, cfg_channels=channels).chunk(2)
+    guided = null + 4.0 * (label - null)
+    for out, own in ((out_label, label), (out_null, null)):
+        torch.testing.assert_close(out[:, :count], guided[:, :count])
+        torch.testing.assert_close(out[:, count:], own[:, count:])
+
+
+def test_guidance_ignores_the_second_half_of_the_state():
+    model = tiny(**FORMS["lightning"])
+    x, t, y = guidance_inputs(model)
+    other = x.clone()
+    other[4:] = 100.0
+    torch.testing.assert_close(model.forward_with_cfg(other, t, y, 2.0), model.forward_with_cfg(x, t, y, 2.0), rtol=0, atol=0)
+
+
+def test_guidance_interval_holds_for_each_sample_and_both_ends():
+    model = tiny(**FORMS["lightning"])
+    x, _, y = guidance_inputs(model)
+    t = torch.tensor([0.1, 0.25, 0.75, 0.9]).repeat(2)
+    always = model.forward_with_cfg(x, t, y, 4.0, cfg_channels="all")
+    label = model(x, t, y)[:4]
+    out = model.forward_with_cfg(x, t, y, 4.0, True, 0.25, 0.75, cfg_channels="all")
+    for half in out.chunk(2):
+        torch.testing.assert_close(half[[1, 2]], always[:4][[1, 2]], rtol=0, atol=0)  # both ends belong to the interval
+        torch.testing.assert_close(half[[0, 3]], label[[0, 3]], rtol=0, atol=0)
+    off = model.forward_with_cfg(x, t, y, 4.0, False, 0.25, 0.75, cfg_channels="all")
+    torch.testing.assert_close(off, always, rtol=0, atol=0)
+    default_end = model.forward_with_cfg(x, t, y, 4.0, True, 0.25, cfg_channels="all")
+    torch.testing.assert_close(default_end[[1, 2, 3]], always[[1, 2, 3]], rtol=0, atol=0)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(input_size=5, patch_size=2), "input_size"),
+        (dict(hidden_size=33), "hidden_size"),
+        (dict(hidden_size=24, num_heads=4, use_rope=True), "hidden_size / num_heads"),
+        (dict(num_heads=0), "num_heads"),
+        (dict(class_dropout_prob=1.0), "class_dropout_prob"),
+        (dict(depth=0), "depth"),
+    ],
+)
+def test_bad_construction_names_the_argument(changes, message):
+    with pytest.raises(BadInput, match=message):
+        LightningDiT(**{**TINY, **changes})
+
+
+def test_bad_names_and_sizes():
+    with pytest.raises(BadInput, match="unknown model_type 'LightningDiT-XXL/1'.*LightningDiT-XL/1"):
+        create_lightningdit("LightningDiT-XXL/1")
+    with pytest.raises(BadInput, match="custom needs depth, num_heads"):
+        create_lightningdit("custom", hidden_size=32)
+    with pytest.raises(BadInput, match="depth 12, got 3"):
+        create_lightningdit("LightningDiT-S/1", depth=3)
+    model = create_lightningdit("custom", hidden_size=32, depth=1, num_heads=2, patch_size=4)
+    assert model.patch_size == 4 and model.pos_embed.shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bad_inputs_name_the_tensor(fused):
+    model = tiny(**FORMS["lightning"], fused=fused)
+    x, t, y = batch(model)
+    for inputs, message in (
+        ((x[:, :4], t, y), "x has shape"),
+        ((x[:, :, :2], t, y), "x has shape"),
+        ((x, t[:2], y), "t has shape"),
+        ((x, t, y[:1]), "y has shape"),
+        ((x, t, y.float()), "integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*inputs)
+    with pytest.raises(ValueError, match="2N"):
+        model.forward_with_cfg(x, t, y, 2.0)
+    with pytest.raises(ValueError, match="cfg_channels"):
+        model.forward_with_cfg(x[:2], t[:2], y[:2], 2.0, cfg_channels="some")
+    with pytest.raises(ValueError, match="cfg_interval_start"):
+        model.forward_with_cfg(x[:2], t[:2], y[:2], 2.0, cfg_interval=True)
+
+
+# Parity with the reference
+
+
+@pytest.fixture(scope="module")
+def golden_model(golden_dir):
+    """(case, fused) -> the model with the golden weights, and the case's tensors."""
+    meta = json.loads((golden_dir / "meta.json").read_text())
+    spec = importlib.util.spec_from_file_location("golden_state", golden_dir / "golden_state.py")
+    golden_state = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden_state)
+
+    def build(case: str, fused: bool):
+        tensors = load_file(golden_dir / f"lightningdit_{case}.safetensors")
+        shapes = meta["state_dict_shapes"][case]
+        state = {
+            name: tensors[f"buffer.{name}"] if f"buffer.{name}" in tensors else golden_state.golden_parameter(name, tuple(shape), meta["seed"])
+            for name, shape in shapes.items()
+        }
+        model = LightningDiT(**meta["lightningdit"][case], fused=fused)
+        own = model.state_dict()
+        assert {name: list(tensor.shape) for name, tensor in own.items()} == shapes
+        for name in own:
+            if f"buffer.{name}" in tensors:
+                torch.testing.assert_close(own[name], tensors[f"buffer.{name}"], rtol=0, atol=2e-6)
+        model.load_state_dict(state, strict=True)
+        return model.eval(), tensors
+
+    return build
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_gradients_and_guidance_are_the_references(golden_model, case, fused):
+    model, golden = golden_model(case, fused)
+    x, t, y = golden["x"], golden["t"], golden["y"]
+    out = model(x, t, y)
+    assert relative(out, golden["out"]) <= 2e-5
+    out.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = {key.removeprefix("grad."): value for key, value in golden.items() if key.startswith("grad.")}
+    assert expected.keys() <= grads.keys()
+    for name, grad in expected.items():
+        assert relative(grads[name], grad) <= 2e-4, name
+    with torch.no_grad():
+        for key in ("0.4", "0.05"):
+            times = torch.full((len(golden["cfg.x"]),), float(key))
+            guided = model.forward_with_cfg(golden["cfg.x"], times, golden["cfg.y"], 4.0, True, 0.11)
+            assert relative(guided, golden[f"cfg.out_t{key}"]) <= 2e-5
+
+
+def test_functional_call_and_compile_free_use():
+    """The model is a function of its state: EMA weights are used through functional_call, without a copy of the model."""
+    model = tiny(**FORMS["lightning"], fused=True)
+    doubled = {name: 2 * p for name, p in model.named_parameters()}
+    inputs = batch(model)
+    other = tiny(**FORMS["lightning"])
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    assert relative(functional_call(model, doubled, inputs), other(*inputs)) < 2e-5
