@@ -1,0 +1,68 @@
+"""How evenly latents fill their space: VA-VAE's table 6, after t-SNE to two dimensions and a kernel density estimate.
+
+The paper's "density std" is std(p) / mean(p), here `density_cv`. t-SNE moves with its seed: read the mean over repeats.
+"""
+
+import numpy as np
+
+from vavae_fast.errors import BadInput
+from vavae_fast.evaluation.inputs import Array, finite_tensor
+
+PERPLEXITY = 30
+
+
+def uniformity(latents: Array, seed: int = 0, repeats: int = 1) -> dict[str, float]:
+    """density_cv, normalized_entropy and gini of `latents` (N, D): means over `repeats` seeds from `seed` on; *_std over them.
+
+    Evenly spread: density_cv and gini towards 0, normalized_entropy towards 1. `ValueError`: NaN or infinity, 30 rows or
+    fewer, repeats below 1. Needs scikit-learn and SciPy.
+    """
+    points = finite_tensor(latents, "latents", "N, D").float().cpu().numpy()
+    if len(points) <= PERPLEXITY:
+        raise ValueError(f"latents: t-SNE at perplexity {PERPLEXITY} needs more than {PERPLEXITY} rows, got {len(points)}")
+    if repeats < 1:
+        raise ValueError(f"repeats: must be 1 or more, got {repeats}")
+    runs = [density_statistics(density_at_points(embed(points, seed + i))) for i in range(repeats)]
+    result = {}
+    for name in runs[0]:
+        values = np.array([run[name] for run in runs])
+        result[name], result[f"{name}_std"] = float(values.mean()), float(values.std())
+    return result
+
+
+def embed(points: np.ndarray, seed: int) -> np.ndarray:
+    """t-SNE (van der Maaten & Hinton 2008): points (N, D) -> (N, 2). scikit-learn's default is 1,000 iterations."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise BadInput(_MISSING.format("scikit-learn")) from None
+    return TSNE(n_components=2, perplexity=PERPLEXITY, init="random", random_state=seed).fit_transform(points)
+
+
+def density_at_points(points: np.ndarray) -> np.ndarray:
+    """Gaussian kernel density, Scott's bandwidth, of points (N, 2) at themselves: (N,)."""
+    try:
+        from scipy.stats import gaussian_kde
+    except ImportError:
+        raise BadInput(_MISSING.format("scipy")) from None
+    columns = points.astype(np.float64).T
+    try:
+        return gaussian_kde(columns)(columns)
+    except np.linalg.LinAlgError:
+        raise ValueError("latents: their t-SNE lies on a line or a point, so it has no density; are they all the same?") from None
+
+
+def density_statistics(p: np.ndarray) -> dict[str, float]:
+    """p (N,) positive -> std(p) / mean(p); entropy of p / sum(p) over log N; Gini coefficient of p."""
+    n = len(p)
+    share = p / p.sum()
+    positive = share[share > 0]
+    rank = np.arange(1, n + 1)
+    return {
+        "density_cv": float(p.std() / p.mean()),
+        "normalized_entropy": float(-(positive * np.log(positive)).sum() / np.log(n)),
+        "gini": float(((2 * rank - n - 1) * np.sort(p)).sum() / (n * p.sum())),
+    }
+
+
+_MISSING = "uniformity: {} is not installed; pip install 'vavae-fast[analyze]'"
