@@ -11,7 +11,7 @@ from vavae_fast.tokenizer_schema import TokenizerConfig
 
 __all__ = [
     "SAMPLE_PRESETS", "Config", "LightningDiTConfig", "SampleConfig", "TokenizerConfig", "accumulation", "flatten",
-    "given_path", "load_config", "run_folder", "to_mapping", "to_yaml",
+    "given_path", "load_config", "run_folder", "to_mapping", "to_yaml", "world_size",
 ]  # fmt: skip
 
 Config = LightningDiTConfig | TokenizerConfig
@@ -49,6 +49,11 @@ def given_path(value: str | None, key: str, what: str) -> Path:
     if not Path(value).exists():
         raise BadInput(f"{key}: {value} does not exist; give {what}: {key}=PATH")
     return Path(value)
+
+
+def world_size() -> int:
+    """How many processes the launcher started, known before any of them talks to another."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def accumulation(global_batch: int, micro_batch: int | None, processes: int) -> tuple[int, int]:

@@ -45,14 +45,9 @@ class World:
             dist.destroy_process_group()
 
 
-def world_size() -> int:
-    """How many processes the launcher started, known before any of them talks to another."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def open_world() -> World:
     """Join the process group that the launcher prepared, or none. CUDA when there is one, else CPU."""
-    size, rank, local_rank = world_size(), int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -34,6 +34,7 @@ class DataConfig:
     latent_multiplier: float = 0.18215
     # ours
     path: str | None = None  # images
+    flip: bool = True  # take the mirrored latent half of the time, as the reference does
 
     def __post_init__(self):
         require(self.image_size > 0, "image_size", self.image_size, "above 0")

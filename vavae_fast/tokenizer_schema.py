@@ -14,7 +14,7 @@ from vavae_fast.schema import LogConfig, TrainConfig
 class TokenizerLossConfig:
     """`model.params.lossconfig.params`. Null means the published recipe's first stage."""
 
-    disc_start: int | None = None
+    disc_start: int | None = None  # counts the steps of both optimizers, as the reference: 5001 is iteration 2501
     kl_weight: float = 1.0
     pixelloss_weight: float = 1.0
     perceptual_weight: float = 1.0
@@ -40,15 +40,6 @@ class TokenizerLossConfig:
         for key in ("vf_weight", "distmat_margin", "cos_margin", "distmat_weight", "cos_weight"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(self.disc_num_layers > 0, "disc_num_layers", self.disc_num_layers, "above 0")
-
-    @property
-    def gan_iterations(self) -> tuple[int, int]:
-        """Iterations, counted from 0, at which the GAN term and the discriminator start.
-
-        The reference compares disc_start with a step that counts both optimizers: the autoencoder sees 2 i, the
-        discriminator 2 i + 1. So 5001 means iterations 2501 and 2500.
-        """
-        return (self.disc_start + 1) // 2, self.disc_start // 2
 
 
 @dataclass(frozen=True)
@@ -202,6 +193,7 @@ class TokenizerConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(log_every=50, ckpt_every=5000))
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    max_grad_norm: float | None = None  # L2, of each network; null: no clipping
     decay_fraction: float = 0.0  # the last part of the run in which the learning rate falls linearly to 0
     log: LogConfig = field(default_factory=LogConfig)
 

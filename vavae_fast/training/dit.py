@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae_fast import rng
-from vavae_fast.data.latents import LatentBatch
+from vavae_fast.data.streams import LatentBatch
 from vavae_fast.distributed import World
 from vavae_fast.flow.transport import Transport
 from vavae_fast.schema import OptimizerConfig
@@ -14,7 +14,12 @@ from vavae_fast.training.checkpoint import Groups
 from vavae_fast.training.ema import EMA
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.optimizer import (
-    clip_gradients, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate, trainable,
+    clip_gradients,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+    trainable,
 )  # fmt: skip
 from vavae_fast.training.parallel import average_gradients
 
@@ -70,7 +75,7 @@ def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> di
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     average_gradients(parameters, state.world)
     grad_norm = clip_gradients(parameters, state.settings.max_grad_norm)
-    ok = state.guard.step(state.optimizer, grad_norm)
+    ok = state.guard.step(grad_norm, state.optimizer)
     state.ema.update(step, ok)
     state.optimizer.zero_grad(set_to_none=True)
     return means | {"grad_norm": grad_norm}

@@ -7,7 +7,7 @@ from vavae_fast.errors import BadInput
 
 
 class Guard:
-    """Steps an optimizer only where the gradient norm is finite, deciding on the device.
+    """Steps optimizers only where the gradient norm is finite, deciding on the device.
 
     `torch.optim`'s fused Adam and AdamW read `found_inf`: with 1 they leave weights, moments and step count as they were.
     """
@@ -17,11 +17,12 @@ class Guard:
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.max_skipped = max_skipped
 
-    def step(self, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
-        """Take the step if `grad_norm`, a () tensor, is finite. Returns that, a () bool tensor on the device."""
+    def step(self, grad_norm: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
+        """Take the steps if `grad_norm`, a () tensor, is finite. Returns that, a () bool tensor on the device."""
         ok = torch.isfinite(grad_norm)
-        optimizer.grad_scale, optimizer.found_inf = None, (~ok).to(torch.float32)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.grad_scale, optimizer.found_inf = None, (~ok).to(torch.float32)
+            optimizer.step()
         self.skipped += ~ok
         self.in_a_row = torch.where(ok, 0, self.in_a_row + 1)
         return ok
@@ -32,5 +33,5 @@ class Guard:
         if count >= self.max_skipped:
             raise BadInput(
                 f"the gradient was not finite in the last {count} steps up to step {step}; weights are those before them. "
-                "Lower optimizer.lr, set optimizer.max_grad_norm=1.0 or model.use_qknorm=true, and check the data"
+                "Lower the learning rate, clip gradients (max_grad_norm), for LightningDiT set model.use_qknorm=true, and check the data"
             )

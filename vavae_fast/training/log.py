@@ -14,18 +14,24 @@ QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress li
 class RunLog:
     """Writes for one process; every other process of the run holds one with `folder=None`, which is silent."""
 
-    def __init__(self, folder: Path | None, title: str, boards: tuple[str, ...] = (), resume_step: int = 0):
+    def __init__(self, folder: Path | None, title: str, boards: tuple[str, ...] = ()):
         self.folder, self.title = folder, title
         self.terminal = sys.stdout.isatty()
         self.last_line, self.open_line = -math.inf, False
         self.board = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            _forget_after(folder / "metrics.jsonl", resume_step)
             self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
             self.text = open(folder / "log.txt", "a", encoding="utf-8")
             if "tensorboard" in boards:
-                self.board = _tensorboard(folder / "tensorboard", resume_step)
+                self.board = _tensorboard(folder / "tensorboard")
+
+    def forget_after(self, step: int) -> None:
+        """Drop logged values of steps beyond `step`: a run that was cut off there logs them again."""
+        if self.folder is not None:
+            self.metrics.close()
+            _forget_after(self.folder / "metrics.jsonl", step)
+            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def say(self, line: str) -> None:
         """One line, to the screen and log.txt."""
@@ -89,9 +95,6 @@ def readable_time(seconds: float) -> str:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop logged steps beyond `step`: a run that was cut off logs them again."""
-    if not path.exists():
-        return
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -103,9 +106,9 @@ def _logged_step(line: str) -> float:
         return math.inf  # a line that a kill cut short
 
 
-def _tensorboard(folder: Path, step: int):
+def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise BadInput("log.to=[tensorboard]: tensorboard is not installed; pip install 'vavae-fast[log]', or remove the key") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter(str(folder))

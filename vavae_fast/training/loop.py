@@ -105,7 +105,8 @@ def train(
                 _save(state, settings, world, done)
                 saved = done
             if stopped:
-                log.say(f"{stop.name or 'signal'}: saved step {saved} in {settings.folder / 'checkpoints'}; the same command continues from there")
+                where = settings.folder / "checkpoints"
+                log.say(f"{stop.name or 'another process was stopped'}: saved step {saved} in {where}; the same command continues from there")
                 return done
     return settings.max_steps
 

@@ -1,0 +1,110 @@
+"""Say what works on this machine, what is missing, which operators are fused and why not, and how to get the rest."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+
+EXAMPLE = "vavae-fast doctor"
+
+# distribution, module, what it is for, how to get it
+OPTIONAL = (
+    ("triton", "triton", "fused operators", "comes with CUDA builds of torch"),
+    ("timm", "timm", "DINOv2, MAE and other foundation models", "pip install 'vavae-fast[encoders]'"),
+    ("nvidia-dali-cuda130", "nvidia.dali", "image decoding on the GPU", "pip install 'vavae-fast[dali]'"),
+    ("flash-attn", "flash_attn", "attention backend", "pip install 'vavae-fast[flash]' --no-build-isolation"),
+    ("xformers", "xformers", "attention backend", "pip install 'vavae-fast[xformers]'"),
+    ("tensorboard", "tensorboard", "log.to=[tensorboard]", "pip install 'vavae-fast[log]'"),
+    ("scikit-learn", "sklearn", "uniformity metrics", "pip install 'vavae-fast[analyze]'"),
+    ("scipy", "scipy", "uniformity metrics", "pip install 'vavae-fast[analyze]'"),
+    ("pyarrow", "pyarrow", "parquet datasets", "pip install 'vavae-fast[data]'"),
+    ("huggingface-hub", "huggingface_hub", "hub", "pip install 'vavae-fast[hub]'"),
+    ("pytest-benchmark", "pytest_benchmark", "pytest benchmarks/", "pip install 'vavae-fast[bench]'"),
+)
+
+
+def arguments(parser) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class DoctorPlan:
+    """Nothing to check beforehand."""
+
+    def describe(self) -> str:
+        return "prints a report about this machine; writes nothing"
+
+
+def plan(config: None, args) -> DoctorPlan:
+    return DoctorPlan()
+
+
+def run(plan: DoctorPlan) -> None:
+    print("\n".join(report()))
+
+
+def report() -> list[str]:
+    """The lines of the report."""
+    import torch
+
+    lines = [
+        f"system      {platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} CPUs, "
+        f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here",
+        f"torch       {torch.__version__}, {_gpus(torch)}",
+        f"collectives {', '.join(_collectives(torch)) or 'none'}",
+    ]
+    for distribution, module, purpose, cure in OPTIONAL:
+        found = _found(module)
+        state = importlib.metadata.version(distribution) if found and _has_metadata(distribution) else ("present" if found else "missing")
+        lines.append(f"{distribution:<20} {state:<12} {purpose}" + ("" if found else f"; {cure}"))
+    lines.append(f"{'apex (NVIDIA)':<20} {_apex():<12} a baseline of the benchmarks, never needed")
+    lines += ["", "operators   " + _operators(torch)]
+    lines += ["ready: " + ("GPU and CPU" if torch.cuda.is_available() else "CPU; no CUDA GPU was found")]
+    return lines
+
+
+def _gpus(torch) -> str:
+    if not torch.cuda.is_available():
+        return f"built for CUDA {torch.version.cuda}, no GPU found" if torch.version.cuda else "built for the CPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"CUDA {torch.version.cuda}, {len(names)} x {names[0]}"
+
+
+def _collectives(torch) -> list[str]:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return []
+    return [name for name, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
+
+
+def _operators(torch) -> str:
+    """Which path `fused=True` takes here."""
+    import vavae_kernels
+
+    names = ", ".join(name for name in vavae_kernels.__all__ if name not in ("patch", "AdamWEMA"))
+    return f"reference path (PyTorch) for all: {names}; this version has no Triton kernels yet"
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _has_metadata(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _apex() -> str:
+    """The package index has another project of this name; NVIDIA's has multi-tensor optimizers."""
+    if not _found("apex"):
+        return "missing"
+    return "present" if _found("apex.multi_tensor_apply") else "not NVIDIA's"

@@ -1,0 +1,65 @@
+"""Write a run's weights as one file: .safetensors, or .pt in the reference's layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vavae_fast import artifacts
+from vavae_fast.errors import BadInput, require
+
+EXAMPLE = "vavae-fast export --run output/lightningdit_xl --weights ema --out lightningdit_xl.safetensors"
+
+
+def arguments(parser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest complete one")
+    parser.add_argument("--weights", choices=("ema", "model"), default=None, help="default: ema where there is one")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .safetensors or .pt")
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Which checkpoint goes where."""
+
+    checkpoint: Path
+    weights: str
+    out: Path
+
+    def describe(self) -> str:
+        return f"{self.weights} weights of {self.checkpoint} -> {self.out}\nnothing was written"
+
+
+def plan(config: None, args) -> ExportPlan:
+    require(args.out.suffix in (".safetensors", ".pt"), "--out", str(args.out), "a .safetensors or .pt file")
+    if not args.run.is_dir():
+        raise BadInput(f"{args.run}: no such run folder")
+    artifacts.require_writable(args.out.parent)
+    from vavae_fast.commands.build import checkpoint_folder
+    from vavae_fast.training.checkpoint import step_folder
+
+    folder = checkpoint_folder(args.run) if args.step is None else step_folder(args.run / "checkpoints", args.step)
+    if not folder.is_dir():
+        steps = ", ".join(str(int(p.name[5:])) for p in sorted((args.run / "checkpoints").glob("step_????????")))
+        raise BadInput(f"{args.run}: no checkpoint of step {args.step}; there are: {steps or 'none'}")
+    weights = args.weights or ("ema" if (folder / "ema.safetensors").is_file() else "model")
+    return ExportPlan(folder, weights, args.out)
+
+
+def run(plan: ExportPlan) -> Path:
+    """The reference reads {"ema": ...} of a LightningDiT .pt and {"state_dict": ...} of a tokenizer's."""
+    import torch
+    from safetensors.torch import save_file
+
+    from vavae_fast.training.checkpoint import load_checkpoint
+
+    groups, manifest = load_checkpoint(plan.checkpoint, plan.weights)
+    state = groups[plan.weights]
+    facts = dict(weights=plan.weights, step=str(manifest["step"]), stage=str(manifest.get("stage")))
+    with artifacts.replacing(plan.out) as temporary:
+        if plan.out.suffix == ".safetensors":
+            save_file(state, temporary, metadata=facts)
+            temporary.chmod(0o644)
+        else:
+            key = "state_dict" if manifest.get("architecture") else plan.weights
+            torch.save({key: state, "step": manifest["step"]}, temporary)
+    print(f"export  {plan.weights} weights of {plan.checkpoint} -> {plan.out}")
+    return plan.out

@@ -1,0 +1,68 @@
+"""Run folders: made, locked, compared with the config that made them, continued."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vavae_fast import artifacts
+from vavae_fast.config import Config, flatten, to_mapping, to_yaml
+from vavae_fast.errors import BadInput
+from vavae_fast.parsing import read_yaml
+
+# Keys that may change between two starts of one run: they say how it is run and watched, not what it computes.
+_FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.num_workers", "data.params.num_workers", "train.ckpt",
+         "train.log_every", "train.ckpt_every", "train.keep_last", "train.micro_batch_size", "train.fused", "train.resume", "train.output_dir",
+         "train.max_skipped", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.")  # fmt: skip
+
+
+def resume_arguments(parser) -> None:
+    """The flags of a stage that trains."""
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto: continue this run from its newest complete checkpoint")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY", help="continue although this config key has changed (repeatable)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes")
+
+
+def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterable[str]) -> bool:
+    """Whether `folder` holds a run to continue. `BadInput` when its config differs in a key that is not `allowed` to."""
+    artifacts.require_writable(folder)
+    held = any((folder / "checkpoints").glob("step_????????")) if folder.is_dir() else False
+    if held and (resume == "never" or config.train.resume is False):
+        raise BadInput(f"{folder}: holds checkpoints of an earlier run; continue it with --resume auto, or choose another train.exp_name")
+    if (folder / "config.yaml").is_file() and held:
+        before, now = flatten(read_yaml(folder / "config.yaml")), flatten(to_mapping(config))
+        changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(_FREE) and k not in set(allowed)]
+        if changed:
+            differences = ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:5])
+            cure = f"take it back, add {' '.join(f'--override {key}' for key in changed[:5])}, or choose another train.exp_name"
+            raise BadInput(f"{folder}: started with another config: {differences}; {cure}")
+    return held
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; a second holder is `BadInput`. The lock dies with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BadInput(f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it, or choose another train.exp_name") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Write config.yaml and manifest.json of a run; a continued run's are replaced by the present ones."""
+    artifacts.write_text(folder / "config.yaml", to_yaml(config))
+    artifacts.write_json(folder / "manifest.json", artifacts.manifest("run", **facts))

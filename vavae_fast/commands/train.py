@@ -1,0 +1,188 @@
+"""Train LightningDiT on latent shards. One process needs no launcher; torchrun train.py starts several."""
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vavae_fast import artifacts
+from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, start_run
+from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_yaml, world_size
+from vavae_fast.errors import BadInput, require
+
+EXAMPLE = "vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data_path=latents/train --fused"
+CONFIG = LightningDiTConfig
+
+
+def arguments(parser) -> None:
+    parser.add_argument("--fused", action="store_true", help="run the fused operators (= train.fused=true)")
+    resume_arguments(parser)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A checked training run."""
+
+    config: LightningDiTConfig
+    folder: Path
+    micro_batch: int
+    accumulation: int
+    processes: int
+    resumes: bool
+    latents: Any  # None: still the template's placeholder, in a dry run
+    facts: dict[str, float]  # parameters, FLOPs, memory, disk
+
+    def describe(self) -> str:
+        c, f = self.config, self.facts
+        device = "GPU" if f["on_gpu"] else "process"
+        data = f"{len(self.latents):,} latents {self.latents.shape}" if self.latents is not None else f"not set: {c.data.data_path}"
+        epochs = f" = {c.train.max_steps * c.train.global_batch_size / len(self.latents):.1f} epochs" if self.latents is not None else ""
+        return (
+            f"{to_yaml(c)}\n"
+            f"model      {c.model.model_type}: {f['parameters'] / 1e6:.2f} M parameters; "
+            f"{f['flops'] / 1e9:.1f} GFLOP an image forward, {3 * f['flops'] / 1e9:.1f} GFLOP a training image\n"
+            f"data       {data}\n"
+            f"batch      {c.train.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
+            f"steps      {c.train.max_steps:,}{epochs}, lr {c.optimizer.lr:g} (not scaled)\n"
+            f"memory     about {artifacts.readable_bytes(f['memory'])} per {device} predicted\n"
+            f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
+            f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
+            "nothing was written"
+        )
+
+
+def plan(config: LightningDiTConfig, args) -> TrainPlan:
+    """Check everything. What needs no torch comes first."""
+    if args.fused:
+        config = replace(config, train=replace(config.train, fused=True))
+    require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")
+    for key in ("max_steps", "global_batch_size"):
+        require(getattr(config.train, key) is not None, f"train.{key}", None, "set")
+    processes = args.world_size or world_size()
+    micro, accumulated = accumulation(config.train.global_batch_size, config.train.micro_batch_size, processes)
+    folder = run_folder(config, args.config)
+    resumes = check_run_folder(folder, config, args.resume, args.override)
+    placeholder = args.dry_run and (not config.data.data_path or "path/to/" in config.data.data_path)
+    path = None if placeholder else given_path(config.data.data_path, "data.data_path", "the folder of latents that vavae-fast extract wrote")
+    if config.train.weight_init:
+        given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
+    return TrainPlan(config, folder, micro, accumulated, processes, resumes, _latents(config, path), _predict(config, micro))
+
+
+def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
+    """The opened latents, checked against the model; None without a path."""
+    if path is None:
+        return None
+    from vavae_fast.data import open_latents
+
+    latents = open_latents(path)
+    (channels, height, width), size = latents.shape, config.latent_size
+    if channels != config.model.in_chans:
+        hint = " (moments: mean and log-variance, not latents?)" if channels == 2 * config.model.in_chans else ""
+        raise BadInput(
+            f"{path}: latents have {channels} channels{hint}, model.in_chans is {config.model.in_chans}; "
+            f"set model.in_chans={channels}, or extract with a {config.model.in_chans}-channel tokenizer"
+        )
+    if (height, width) != (size, size):
+        raise BadInput(f"{path}: latents are {height} x {width}, data.image_size / vae.downsample_ratio is {size}; set data.image_size to fit")
+    highest = int(latents.labels.max())
+    if highest >= config.data.num_classes:
+        raise BadInput(f"{path}: label {highest} found, data.num_classes is {config.data.num_classes}; set data.num_classes={highest + 1}")
+    return latents
+
+
+def _predict(config: LightningDiTConfig, micro: int) -> dict[str, float]:
+    """Parameters, FLOPs an image, memory and disk, from the model on the meta device."""
+    import torch
+
+    from vavae_fast.commands import build
+    from vavae_fast.models.lightningdit import activation_bytes_per_image, flops_per_image, parameter_count
+
+    with torch.device("meta"):
+        model = build.lightningdit(config)
+    parameters = parameter_count(model)
+    on_gpu = torch.cuda.is_available()
+    precision = "bf16" if build.bf16(config.train.precision, torch.device("cuda" if on_gpu else "cpu")) else "fp32"
+    states = 20 * parameters  # fp32 weights, gradients, two moments, EMA
+    activations = micro * activation_bytes_per_image(model, precision, config.model.use_checkpoint)
+    return dict(
+        parameters=parameters, flops=flops_per_image(model), memory=states + activations, checkpoint_bytes=16 * parameters, on_gpu=on_gpu
+    )
+
+
+def run(plan: TrainPlan) -> Path:
+    """Train to `train.max_steps`, or to a signal; returns the run folder."""
+    from vavae_fast.distributed import open_world
+
+    world = open_world()
+    try:
+        if not world.main:
+            return _run(plan, world)
+        with locked(plan.folder):
+            return _run(plan, world)
+    finally:
+        world.close()
+
+
+def _run(plan: TrainPlan, world) -> Path:
+    from vavae_fast.data.streams import LatentStream, Share
+    from vavae_fast.training.dit import dit_step
+    from vavae_fast.training.log import RunLog
+    from vavae_fast.training.loop import LoopSettings, resume, train
+
+    config = plan.config
+    c = config.train
+    log = RunLog(plan.folder if world.main else None, "train", tuple(config.log.to))
+    state = _state(plan, world, log)
+    start = resume(state, plan.folder / "checkpoints", log)
+    log.forget_after(start)
+    facts = dict(stage="LightningDiT", seed=c.global_seed, data=_data_identity(plan.latents), parameters=plan.facts["parameters"])
+    if world.main:
+        start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
+    log.say(f"{config.model.model_type}, {plan.facts['parameters'] / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
+            f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
+    share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
+    stream = LatentStream(plan.latents, c.global_seed, share, config.data.latent_norm, config.data.latent_multiplier, config.data.flip, world.device)
+    settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, c.keep_last, facts)
+    with closing(stream.batches(start)) as batches:
+        steps = iter(lambda: list(islice(batches, plan.accumulation)), [])
+        done = train(state, dit_step, steps, settings, world, log, start)
+    log.say(f"step {done} of {c.max_steps}: {plan.folder}")
+    log.close()
+    return plan.folder
+
+
+def _state(plan: TrainPlan, world, log):
+    import torch
+
+    from vavae_fast.commands import build
+    from vavae_fast.models.weights import load_strict
+    from vavae_fast.training.dit import DiTState
+    from vavae_fast.training.ema import EMA
+    from vavae_fast.training.guard import Guard
+
+    config = plan.config
+    torch.manual_seed(config.train.global_seed)
+    model = build.lightningdit(config)
+    if config.train.weight_init:
+        weights, identity = build.dit_weights(Path(config.train.weight_init), "model")
+        load_strict(model, weights, identity["path"])
+        log.say(f"starts from the weights of {identity['path']}")
+    model.to(world.device).train()
+    o, t = config.optimizer, config.transport
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, fused=True)
+    late = build.transport(t, config.train.fused, use_lognorm=False) if t.lognorm_until else None
+    return DiTState(
+        model=model, ema=EMA(model, config.train.ema_decay, config.train.ema_warmup), optimizer=optimizer,
+        transport=build.transport(t, config.train.fused), guard=Guard(world.device, config.train.max_skipped), world=world,
+        seed=config.train.global_seed, settings=o, max_steps=config.train.max_steps,
+        bf16=build.bf16(config.train.precision, world.device), transport_late=late, late_from=t.lognorm_until or 0,
+    )  # fmt: skip
+
+
+def _data_identity(latents) -> dict[str, Any]:
+    """What tells one set of latents from another."""
+    made_by = latents.manifest or {}
+    return dict(folder=str(latents.folder), count=len(latents), shape=list(latents.shape), tokenizer=made_by.get("facts", {}).get("tokenizer"))

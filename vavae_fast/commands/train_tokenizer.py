@@ -1,0 +1,201 @@
+"""Train a VA-VAE on images: reconstruction, GAN and alignment with a vision foundation model."""
+
+import math
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vavae_fast import artifacts
+from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, start_run
+from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_yaml, world_size
+from vavae_fast.errors import BadInput, require
+
+EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
+CONFIG = TokenizerConfig
+
+
+def arguments(parser) -> None:
+    resume_arguments(parser)
+
+
+@dataclass(frozen=True)
+class TokenizerPlan:
+    """A checked tokenizer run."""
+
+    config: TokenizerConfig
+    folder: Path
+    micro_batch: int
+    accumulation: int
+    processes: int
+    max_steps: int | None  # None: a dry run without images
+    resumes: bool
+    images: Any
+    facts: dict[str, float]
+
+    def describe(self) -> str:
+        c, f = self.config, self.facts
+        p = c.model.params
+        steps = f"{self.max_steps:,}" if self.max_steps else f"{c.lightning.trainer.max_epochs} epochs"
+        data = f"{len(self.images):,} images, {len(self.images.classes)} classes" if self.images is not None else f"not set: {c.image_path}"
+        return (
+            f"{to_yaml(c)}\n"
+            f"model      f{c.downsample_ratio}d{p.embed_dim}: {f['autoencoder'] / 1e6:.2f} M parameters, "
+            f"discriminator {f['discriminator'] / 1e6:.2f} M, foundation model {p.use_vf or 'none'}\n"
+            f"           {f['flops'] / 1e9:.1f} GFLOP an image forward (autoencoder alone)\n"
+            f"data       {data}\n"
+            f"batch      {c.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
+            f"steps      {steps}, lr {c.model.base_learning_rate:g} (not scaled)\n"
+            f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
+            f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
+            "nothing was written"
+        )
+
+
+def plan(config: TokenizerConfig, args) -> TokenizerPlan:
+    """Check everything. What needs no torch comes first."""
+    require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")
+    processes = args.world_size or world_size()
+    micro_batch = config.train.micro_batch_size or min(config.data.params.batch_size, max(1, config.global_batch_size // processes))
+    micro, accumulated = accumulation(config.global_batch_size, micro_batch, processes)
+    folder = run_folder(config, args.config)
+    resumes = check_run_folder(folder, config, args.resume, args.override)
+    placeholder = args.dry_run and (not config.image_path or "path/to" in config.image_path)
+    path = None if placeholder or _builtin(config.image_path) else given_path(config.image_path, "data.path", "the folder of training images")
+    if config.weight_init or config.init_weight:
+        given_path(config.weight_init or config.init_weight, "weight_init", "the weights to start from")
+    if not args.dry_run:
+        _frozen_weights_given(config)
+    images = None
+    if not placeholder:
+        from vavae_fast.data import open_images
+
+        images = open_images(path or config.image_path, size=config.image_size, crop=config.data.crop)
+    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, _predict(config))
+
+
+def _builtin(path: str | None) -> bool:
+    return bool(path) and path.startswith("builtin:")
+
+
+def _frozen_weights_given(config: TokenizerConfig) -> None:
+    """The frozen networks' files, before any network is built."""
+    loss, vf = config.model.params.lossconfig.params, config.model.params.use_vf
+    if loss.perceptual_weight > 0 and config.perceptual.standin is None:
+        given_path(config.perceptual.vgg_weights, "perceptual.vgg_weights", "torchvision's VGG16 weights (vgg16-397923af.pth)")
+        given_path(config.perceptual.linear_weights, "perceptual.linear_weights", "LPIPS v0.1's linear weights for VGG (vgg.pth)")
+    if vf == "standin":
+        given_path(config.foundation.standin, "foundation.standin", "the stand-in's file")
+    elif vf is not None and config.foundation.weights != "hub":
+        given_path(config.foundation.weights, "foundation.weights", f"the weights of {vf}, or hub to let timm download them")
+
+
+def _steps(config: TokenizerConfig, images) -> int | None:
+    """train.max_steps, or lightning.trainer.max_epochs passes over the images; the recipe's 100 epochs when neither is set."""
+    if config.train.max_steps is not None or images is None:
+        return config.train.max_steps
+    return math.ceil((config.lightning.trainer.max_epochs or 100) * len(images) / config.global_batch_size)
+
+
+def _predict(config: TokenizerConfig) -> dict[str, float]:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from vavae_fast.commands import build
+
+    with torch.device("meta"):
+        autoencoder, discriminator = build.autoencoder(config), build.discriminator(config)
+        with FlopCounterMode(display=False) as counter:
+            autoencoder(torch.empty(1, config.model.params.ddconfig.in_channels, config.image_size, config.image_size))
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (autoencoder, discriminator)]
+    return dict(autoencoder=sizes[0], discriminator=sizes[1], flops=counter.get_total_flops(), checkpoint_bytes=12 * sum(sizes))
+
+
+def run(plan: TokenizerPlan) -> Path:
+    """Train to the last step, or to a signal; returns the run folder."""
+    from vavae_fast.distributed import open_world
+
+    world = open_world()
+    try:
+        if not world.main:
+            return _run(plan, world)
+        with locked(plan.folder):
+            return _run(plan, world)
+    finally:
+        world.close()
+
+
+def _run(plan: TokenizerPlan, world) -> Path:
+    from vavae_fast.commands import build
+    from vavae_fast.data.streams import ImageStream, Share
+    from vavae_fast.training.log import RunLog
+    from vavae_fast.training.loop import LoopSettings, resume, train
+    from vavae_fast.training.tokenizer import tokenizer_step
+
+    config = plan.config
+    c = config.train
+    log = RunLog(plan.folder if world.main else None, "tokenizer", tuple(config.log.to))
+    state = _state(plan, world, log)
+    start = resume(state, plan.folder / "checkpoints", log)
+    log.forget_after(start)
+    facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), images=str(config.image_path),
+                 image_size=config.image_size, foundation=config.model.params.use_vf)  # fmt: skip
+    if world.main:
+        start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
+    model = f"f{config.downsample_ratio}d{config.model.params.embed_dim}, {plan.facts['autoencoder'] / 1e6:.2f} M parameters"
+    log.say(f"{model}, {len(plan.images):,} images, "
+            f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
+    stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)
+    settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, c.keep_last, facts)
+    with closing(stream.batches(start)) as batches:
+        steps = iter(lambda: list(islice(batches, plan.accumulation)), [])
+        done = train(state, tokenizer_step, steps, settings, world, log, start)
+    log.say(f"step {done} of {plan.max_steps}: {plan.folder}")
+    log.close()
+    return plan.folder
+
+
+def _state(plan: TokenizerPlan, world, log):
+    import torch
+
+    from vavae_fast.commands import build
+    from vavae_fast.training.guard import Guard
+    from vavae_fast.training.tokenizer import TokenizerState
+
+    config = plan.config
+    params = config.model.params
+    torch.manual_seed(config.train.global_seed)
+    autoencoder, discriminator = build.autoencoder(config), build.discriminator(config)
+    foundation, perceptual = build.foundation(config), build.perceptual(config)
+    projection = build.projection(config, foundation)
+    start = config.weight_init or config.init_weight
+    if start:
+        log.say(build.start_tokenizer(Path(start), autoencoder, projection, discriminator))
+    for network in (autoencoder, projection, discriminator, foundation, perceptual):
+        if network is not None:
+            network.to(world.device)
+    if projection is not None:
+        projection.requires_grad_(not params.proj_fix)
+    trained = [*autoencoder.parameters(), *(projection.parameters() if projection is not None and not params.proj_fix else ())]
+    adam = dict(lr=config.model.base_learning_rate, betas=(0.5, 0.9), fused=True)
+    return TokenizerState(
+        autoencoder=autoencoder.train(), projection=projection, discriminator=discriminator.train(), foundation=foundation,
+        perceptual=perceptual, optimizer=torch.optim.Adam(trained, **adam), optimizer_disc=torch.optim.Adam(discriminator.parameters(), **adam),
+        weights=build.loss_weights(config), guard=Guard(world.device, config.train.max_skipped), world=world,
+        seed=config.train.global_seed, base_lr=config.model.base_learning_rate, decay_fraction=config.decay_fraction,
+        max_steps=plan.max_steps, bf16=build.bf16(_precision(config), world.device), reverse_proj=params.reverse_proj,
+        max_grad_norm=config.max_grad_norm,
+    )  # fmt: skip
+
+
+def _precision(config: TokenizerConfig) -> str:
+    """train.precision, unless it is auto: then the reference's lightning.trainer.precision."""
+    stated = str(config.lightning.trainer.precision)
+    if config.train.precision != "auto":
+        return config.train.precision
+    if stated in ("32", "32-true"):
+        return "fp32"
+    if stated in ("bf16", "bf16-mixed"):
+        return "bf16"
+    raise BadInput(f"lightning.trainer.precision: must be 32 or bf16, got {stated}; or set train.precision")

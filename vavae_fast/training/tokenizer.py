@@ -1,0 +1,156 @@
+"""The VA-VAE step: paper section 3; reference vavae/ldm/models/autoencoder.py, contperceptual.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vavae_fast import rng
+from vavae_fast.data.images import ImageBatch
+from vavae_fast.distributed import World
+from vavae_fast.losses import Alignment, Judges, LastLayers, LossWeights, discriminator_objective, generator_objective
+from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.pixels import to_unit
+from vavae_fast.training.checkpoint import Groups
+from vavae_fast.training.guard import Guard
+from vavae_fast.training.optimizer import (
+    clip_gradients,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+    trainable,
+)
+from vavae_fast.training.parallel import average_gradients
+
+
+@dataclass
+class TokenizerState:
+    """What a tokenizer run trains: autoencoder, projection to the features, discriminator; and what it looks at, frozen.
+
+    `projection` is the 1x1 convolution between z and the features of `foundation`; both are None without alignment.
+    """
+
+    autoencoder: AutoencoderKL
+    projection: nn.Conv2d | None
+    discriminator: nn.Module
+    foundation: Callable[[Tensor], Tensor] | None
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None
+    optimizer: torch.optim.Optimizer
+    optimizer_disc: torch.optim.Optimizer
+    weights: LossWeights
+    guard: Guard
+    world: World
+    seed: int
+    base_lr: float
+    decay_fraction: float
+    max_steps: int
+    bf16: bool
+    reverse_proj: bool
+    max_grad_norm: float | None = None
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.base_lr, step, self.max_steps, decay_fraction=self.decay_fraction)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of the first optimizer, by name."""
+        parts = [self.autoencoder] if self.projection is None else [self.autoencoder, ("linear_proj", self.projection)]
+        return trainable(*parts)
+
+    def groups(self) -> Groups:
+        projection = {} if self.projection is None else self.projection.state_dict(prefix="linear_proj.")
+        return {
+            "model": self.autoencoder.state_dict() | projection,
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.trained()),
+            "optimizer_disc": optimizer_tensors(self.optimizer_disc, trainable(self.discriminator)),
+            "guard": {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+        }
+
+    def load_groups(self, groups: Groups, source: str) -> None:
+        model = groups["model"]
+        self.autoencoder.load_state_dict({k: v for k, v in model.items() if not k.startswith("linear_proj.")})
+        if self.projection is not None:
+            prefix = "linear_proj."
+            self.projection.load_state_dict({k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)})
+        self.discriminator.load_state_dict(groups["discriminator"])
+        load_optimizer_tensors(self.optimizer, self.trained(), groups["optimizer"], source)
+        load_optimizer_tensors(self.optimizer_disc, trainable(self.discriminator), groups["optimizer_disc"], source)
+        self.guard.skipped.copy_(groups["guard"]["skipped"])
+        self.guard.in_a_row.copy_(groups["guard"]["in_a_row"])
+
+
+def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBatch]) -> dict[str, Tensor]:
+    """One step of both networks on this process's micro-batches. No host sync: values are () tensors on the device.
+
+    Both losses look at the same reconstructions, made before either network moves. A non-finite gradient of either
+    leaves both as they were.
+    """
+    rate = state.learning_rate(step)
+    set_learning_rate(state.optimizer, rate)
+    set_learning_rate(state.optimizer_disc, rate)
+    gan = state.weights.discriminator_factor(step) > 0
+    means: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        terms = _backward(state, step, batch, len(micro_batches), gan)
+        for key, value in terms.items():
+            means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
+
+    parameters = list(state.trained().values())
+    optimizers, norms = [state.optimizer], [_averaged_norm(state, parameters)]
+    if gan:
+        norms.append(_averaged_norm(state, list(state.discriminator.parameters())))
+        optimizers.append(_as_if_stepped(state.optimizer_disc, step))
+    state.guard.step(torch.stack(norms).sum(), *optimizers)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return means | {"grad_norm": norms[0]}
+
+
+def _backward(state: TokenizerState, step: int, batch: ImageBatch, parts: int, gan: bool) -> dict[str, Tensor]:
+    """Gradients of one of `parts` micro-batches, for both networks."""
+    images, index = to_unit(batch.pixels.to(state.world.device)), batch.index.to(state.world.device)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=state.bf16):
+        posterior = state.autoencoder.encode(images)
+        z = posterior.sample(noise=rng.normal(state.seed, index, like=posterior.mean, stream=rng.Stream.POSTERIOR))
+        reconstructions = state.autoencoder.decode(z)
+        terms = generator_objective(
+            images, reconstructions, posterior, step, state.weights, Judges(state.perceptual, state.discriminator),
+            LastLayers(state.autoencoder.last_encoder_weight, state.autoencoder.last_decoder_weight), _alignment(state, images, z),
+        )  # fmt: skip
+    (terms["loss"] / parts).backward()
+    if gan:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=state.bf16):
+            critic = discriminator_objective(images, reconstructions, step, state.weights, state.discriminator)
+        (critic["d_loss"] / parts).backward()
+        terms |= critic
+    return terms
+
+
+def _alignment(state: TokenizerState, images: Tensor, z: Tensor) -> Alignment | None:
+    if state.foundation is None:
+        return None
+    features = state.foundation(images)
+    if state.reverse_proj:
+        return Alignment(z, features, state.projection.weight[:, :, 0, 0])
+    return Alignment(z, state.projection(features))
+
+
+def _averaged_norm(state: TokenizerState, parameters: list[nn.Parameter]) -> Tensor:
+    average_gradients(parameters, state.world)
+    return clip_gradients(parameters, state.max_grad_norm)
+
+
+def _as_if_stepped(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
+    """Give an Adam that was never stepped the state that `steps` zero gradients would have left.
+
+    The reference steps the discriminator from the first iteration, with a loss of 0 before its start; only the step
+    count, which removes the bias correction, is left of that. Steps one to `steps` are saved.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                count = torch.tensor(float(steps), device=p.device)
+                optimizer.state[p].update(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
