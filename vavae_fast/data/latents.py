@@ -1,0 +1,240 @@
+"""Latents read back: the training input of LightningDiT. Ours and the reference's shards are the same format.
+
+No memory map: a file that is cut short under a map kills the process, under `preadv` it is a named error.
+"""
+
+import io
+import os
+import pickle
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vavae_fast.artifacts import read_json, replacing
+from vavae_fast.data.order import checked_indices
+from vavae_fast.data.shards import STATISTICS, Moments, Shard, read_labels, read_shard
+from vavae_fast.errors import BadInput
+
+MANIFEST = "manifest.json"
+_MAX_STATISTICS = 1 << 20  # bytes of latents_stats.pt; the reference's has about 2,000
+_MAX_RUN = 1024  # buffers a preadv takes (IOV_MAX)
+_ROWS_AT_ONCE = 256  # of the statistics pass
+
+
+def open_latents(folder: str | Path) -> "Latents":
+    """A folder of shards, its labels and statistics, all checked: headers, sizes, counts; never payloads. Writes nothing.
+
+    `BadInput` names the file at fault and the cure.
+    """
+    folder = Path(folder)
+    store = open_store(folder)
+    return Latents(store, *read_statistics(folder / STATISTICS, store.shape[0]))
+
+
+class ShardStore:
+    """The open shards of one folder as one array of rows; their statistics are not needed here.
+
+    shape (C, H, W), labels (N,) int64, manifest (dict, or None: the reference writes none). Safe from several threads.
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard], files: list[BinaryIO], manifest: dict[str, Any] | None):
+        self.folder, self.shards, self.manifest = folder, shards, manifest
+        self.shape, self.dtype = shards[0].shape, shards[0].dtype
+        self.labels = torch.from_numpy(np.concatenate([read_labels(s, f) for s, f in zip(shards, files)]))
+        self._files = files
+        self._ends = np.cumsum([shard.rows for shard in shards])
+        self._starts = self._ends - [shard.rows for shard in shards]
+        self._offsets = np.array([shard.offsets for shard in shards], np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: np.ndarray, flip: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """(n,) int64 in range, (n,) bool -> (n, C, H, W) float32; into `out` when the storage is float32 too."""
+        direct = out if out is not None and self.dtype == torch.float32 else torch.empty(len(indices), *self.shape, dtype=self.dtype)
+        if len(indices):
+            self._gather(indices, flip, direct)
+        latents = direct.to(torch.float32) if out is None or out is direct else out.copy_(direct)
+        if not torch.isfinite(latents.sum()):  # one pass; a NaN or an infinity anywhere cannot leave the sum finite
+            self._check_finite(indices, latents)
+        return latents
+
+    def _gather(self, indices: np.ndarray, flip: np.ndarray, out: Tensor) -> None:
+        """Rows that lie side by side in a file are read by one call, straight to their places in `out`."""
+        row_bytes = self.shards[0].row_bytes
+        shard_of = np.searchsorted(self._ends, indices, side="right")
+        offsets = self._offsets[shard_of, flip.astype(np.int64)] + (indices - self._starts[shard_of]) * row_bytes
+        order = np.lexsort((offsets, shard_of))
+        shard_of, offsets = shard_of[order], offsets[order]
+        apart = (np.diff(shard_of) != 0) | (np.diff(offsets) != row_bytes)
+        runs = np.concatenate(([0], np.flatnonzero(apart) + 1, [len(order)]))
+        for number in np.unique(shard_of):
+            self._check_unchanged(self.shards[number], self._files[number])
+        memory = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        rows = [memory[place : place + row_bytes] for place in (order * row_bytes).tolist()]
+        for first, last in zip(runs[:-1].tolist(), runs[1:].tolist()):
+            for k in range(first, last, _MAX_RUN):
+                _read_run(self.shards[shard_of[k]], self._files[shard_of[k]], rows[k : min(k + _MAX_RUN, last)], int(offsets[k]))
+
+    def _check_unchanged(self, shard: Shard, file: BinaryIO) -> None:
+        status = os.fstat(file.fileno())
+        if (status.st_size, status.st_mtime_ns) != shard.identity:
+            raise BadInput(f"{shard.path}: changed while it was open; shards are immutable: extract to another folder and start again")
+
+    def _check_finite(self, indices: np.ndarray, latents: Tensor) -> None:
+        bad = np.flatnonzero(~torch.isfinite(latents).flatten(1).all(dim=1).numpy())
+        if len(bad):  # empty when finite values merely overflowed the sum
+            index = int(indices[bad[0]])
+            number = int(np.searchsorted(self._ends, index, side="right"))
+            raise BadInput(f"{self.shards[number].path}: NaN or infinity in row {index - self._starts[number]}; extract the shard again")
+
+    def moments(self) -> Moments:
+        """Of all unflipped latents, one pass over the disk."""
+        total = Moments.none(self.shape[0])
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            indices = np.arange(start, min(start + _ROWS_AT_ONCE, len(self)))
+            total = total + Moments.of(self.read(indices, np.zeros(len(indices), bool)))
+        return total
+
+
+def _read_run(shard: Shard, file: BinaryIO, rows: list[memoryview], offset: int) -> None:
+    wanted = sum(map(len, rows))
+    if os.preadv(file.fileno(), rows, offset) == wanted:
+        return
+    for row in rows:  # a short read is legal; the end of the file is not
+        done = 0
+        while done < len(row):
+            got = os.preadv(file.fileno(), [row[done:]], offset + done)
+            if got == 0:
+                raise BadInput(f"{shard.path}: cut short while it was open; fetch or extract it again")
+            done += got
+        offset += len(row)
+
+
+class Latents:
+    """`len`, `labels` (N,) int64, `mean` and `std` (1, C, 1, 1) float32, `shape` (C, H, W), `channels`, `manifest`, `read`."""
+
+    def __init__(self, store: ShardStore, mean: Tensor, std: Tensor):
+        self.folder, self.shape, self.channels = store.folder, store.shape, store.shape[0]
+        self.labels, self.manifest, self.mean, self.std = store.labels, store.manifest, mean, std
+        self._store = store
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        flip: bool | Sequence[bool] | np.ndarray | Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """(n,) indices -> (n, C, H, W) float32, not normalised, a private copy, in the order asked.
+
+        flip: one bool, or one an index, picks `latents_flip`. out: filled and returned when given (contiguous float32 on
+        the CPU, say pinned). `IndexError` outside [0, len); `BadInput` names shard and row of a NaN or an infinity, and a
+        shard that was changed or cut. Safe from several threads.
+        """
+        indices = checked_indices(indices, len(self), str(self.folder))
+        mirrored = np.asarray(False if flip is None else flip)
+        if mirrored.ndim == 1 and len(mirrored) != len(indices) or mirrored.ndim > 1 or (mirrored.size and mirrored.dtype != bool):
+            raise BadInput(f"{self.folder}: flip must be one bool or {len(indices)}, got shape {mirrored.shape} of {mirrored.dtype}")
+        if out is not None and (tuple(out.shape) != (len(indices), *self.shape) or out.dtype != torch.float32 or not out.is_contiguous()):
+            raise BadInput(
+                f"{self.folder}: out must be contiguous float32 {(len(indices), *self.shape)}, got {tuple(out.shape)} {out.dtype}"
+            )
+        return self._store.read(indices, np.broadcast_to(mirrored, indices.shape).astype(bool), out)
+
+
+def open_store(folder: Path) -> ShardStore:
+    """The shards alone, for those who compute statistics; everything else of `open_latents` is checked."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder of latents; set data.data_path, or run: vavae-fast extract --images DIR --out {folder}")
+    paths = sorted(folder.glob("*.safetensors"), key=lambda path: path.name)
+    if not paths:
+        raise BadInput(f"{folder}: no .safetensors shards in it; run: vavae-fast extract --images DIR --out {folder}")
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    files, shards = [], []
+    with ExitStack() as stack:
+        for path in paths:
+            try:
+                files.append(stack.enter_context(open(path, "rb", buffering=0)))
+            except OSError as error:
+                raise BadInput(f"{path}: cannot be opened ({error.strerror}); check its permissions, or `ulimit -n`") from None
+            shards.append(read_shard(path, files[-1]))
+        _check_together(folder, shards, manifest)
+        store = ShardStore(folder, shards, files, manifest)
+        weakref.finalize(store, stack.pop_all().close)  # all is well: the files stay open as long as the store lives
+    return store
+
+
+def _check_together(folder: Path, shards: list[Shard], manifest: dict[str, Any] | None) -> None:
+    first = shards[0]
+    for shard in shards:
+        if (shard.shape, shard.dtype) != (first.shape, first.dtype):
+            raise BadInput(
+                f"{shard.path}: latents {shard.shape} {shard.dtype}, but {first.path.name} has {first.shape} {first.dtype}; "
+                "keep the shards of one extraction in a folder"
+            )
+    if first.ours is not None:
+        rows, count = sum(shard.rows for shard in shards), first.ours.get("plan", {}).get("count")
+        if rows != count:
+            raise BadInput(f"{folder}: {rows} of {count} latents: the extraction was interrupted or shards are missing; run it again")
+    if manifest is not None:
+        _check_manifest(folder, shards, manifest)
+
+
+def _check_manifest(folder: Path, shards: list[Shard], manifest: dict[str, Any]) -> None:
+    try:
+        promised = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
+    except (KeyError, TypeError):
+        raise BadInput(f"{folder / MANIFEST}: not the manifest of latents; remove it, or extract again") from None
+    found = {shard.path.name: shard.identity[0] for shard in shards}
+    for name in sorted(promised.keys() | found.keys()):
+        if promised.get(name) != found.get(name):
+            raise BadInput(
+                f"{folder / name}: {found.get(name, 'no')} bytes, the manifest promises {promised.get(name, 'no such file')}; extract again"
+            )
+
+
+def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """mean, std (1, C, 1, 1) float32; finite, std above 0."""
+    if not path.exists():
+        raise BadInput(
+            f"no {STATISTICS} in {path.parent}: samples would decode blurred. Run: vavae-fast extract --stats-only --out {path.parent}"
+        )
+    cure = f"compute it again: vavae-fast extract --stats-only --out {path.parent}"
+    if path.stat().st_size > _MAX_STATISTICS:
+        raise BadInput(f"{path}: {path.stat().st_size} bytes are too many for two vectors; {cure}")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+        raise BadInput(f"{path}: not a readable statistics file ({type(error).__name__}); {cure}") from None
+    pair = [value.get(key) if isinstance(value, dict) else None for key in ("mean", "std")]
+    shape = (1, channels, 1, 1)
+    if not all(isinstance(part, Tensor) and part.is_floating_point() and tuple(part.shape) == shape for part in pair):
+        raise BadInput(f"{path}: expected mean and std of shape {shape}; it belongs to other latents: {cure}")
+    mean, std = (part.to(torch.float32).contiguous() for part in pair)
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise BadInput(f"{path}: a channel has a std of 0, a NaN or an infinity: dead or damaged latents; {cure}")
+    return mean, std
+
+
+def latent_statistics(folder: str | Path) -> dict[str, Tensor]:
+    """{"mean", "std"}, each (1, C, 1, 1) float32, exact over all unflipped latents; std is unbiased. Writes nothing."""
+    return open_store(Path(folder)).moments().statistics()
+
+
+def write_statistics(folder: str | Path, statistics: dict[str, Tensor]) -> Path:
+    """`latents_stats.pt` as the reference reads it; whole or absent, the same bytes for the same values."""
+    path = Path(folder) / STATISTICS
+    buffer = io.BytesIO()  # torch.save puts a file's own name into its bytes; a buffer has none
+    torch.save(statistics, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return path

@@ -1,0 +1,69 @@
+"""Which sample comes when, as a function of (seed, position) alone: no sampler state, no dependence on the world size.
+
+A training run walks through positions 0, 1, 2, …; step s owns the positions [s B, (s + 1) B) of a global batch of B, and
+position p is sample permutation(epoch = p // n)[p % n] of n. So resume is a seek, every sample comes once an epoch, and
+one GPU or sixty-four train on the same global batches.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vavae_fast import rng
+from vavae_fast.errors import BadInput
+
+
+def sample_order(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
+    """positions (B,) int64, 0 or more -> (B,) int64 indices in [0, n); a batch may reach into the next epoch."""
+    indices = np.empty(len(positions), np.int64)
+    epochs = positions // n
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = rng.permutation(seed, int(epoch), positions[here] % n, n)
+    return indices
+
+
+def batch_positions(step: int, global_batch: int, rank: int, world: int) -> np.ndarray:
+    """(B / world,) int64: the contiguous share of `rank` in the positions of `step`."""
+    share = global_batch // world
+    first = step * global_batch + rank * share
+    return np.arange(first, first + share, dtype=np.int64)
+
+
+def micro_batches(start: int, global_batch: int, rank: int, world: int, micro_batch: int) -> Iterator[np.ndarray]:
+    """The positions of `rank` from step `start` on, for ever, `micro_batch` at a time: share / micro_batch of them a step."""
+    step = start
+    while True:
+        yield from batch_positions(step, global_batch, rank, world).reshape(-1, micro_batch)
+        step += 1
+
+
+def check_shares(global_batch: int, world: int, micro_batch: int) -> None:
+    """`BadInput` unless every process gets the same number of whole micro-batches."""
+    unit = world * micro_batch
+    if micro_batch < 1 or global_batch < 1 or global_batch % unit:
+        below, above = global_batch // max(unit, 1) * unit, (global_batch // max(unit, 1) + 1) * unit
+        nearest = f"{below}, {above}" if below > 0 else f"{above}"
+        raise BadInput(
+            f"train.global_batch_size {global_batch} does not divide over {world} processes x micro-batch {micro_batch}; nearest: {nearest}"
+        )
+
+
+def checked_indices(indices: Sequence[int] | np.ndarray | Tensor, n: int, what: str) -> np.ndarray:
+    """Indices of any kind as (m,) int64, each in [0, n): `IndexError` outside it, `BadInput` when they are not integers."""
+    if isinstance(indices, Tensor):
+        indices = indices.detach().cpu().numpy()
+    array = np.asarray(indices)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise BadInput(f"{what}: indices must be a list of integers, got shape {array.shape} of {array.dtype}")
+    if array.size and not (0 <= array.min() and array.max() < n):
+        outside = array[(array < 0) | (array >= n)][0]
+        raise IndexError(f"{what}: index {outside} is outside [0, {n})")
+    return array.astype(np.int64)
+
+
+def flips(seed: int, positions: np.ndarray) -> np.ndarray:
+    """(B,) bool: whether the sample at each position is mirrored, with probability 1/2."""
+    return rng.integers(seed, torch.from_numpy(positions), 2, rng.Stream.FLIP).bool().numpy()

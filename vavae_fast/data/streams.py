@@ -1,0 +1,126 @@
+"""Training input without end: batches of images or latents in the order of `order.py`, made ahead in threads.
+
+Every batch says where its samples stand in the run (`index`), which is what all randomness is counted by: noise, times,
+label drops, flips, crops. Starting at step s is a seek; any number of processes sees the same global batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vavae_fast.data.images import ImageBatch, Images
+from vavae_fast.data.latents import Latents
+from vavae_fast.data.order import check_shares, flips, micro_batches, sample_order
+from vavae_fast.data.prefetch import ahead
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """latents (B, C, H, W) float32 normalised, labels (B,) int64, index (B,) int64: positions in the whole run."""
+
+    latents: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of each step: `global_batch / world` samples, `micro_batch` at a time (None: all at once)."""
+
+    global_batch: int
+    rank: int = 0
+    world: int = 1
+    micro_batch: int | None = None
+
+    def __post_init__(self):
+        check_shares(self.global_batch, self.world, self.micro)
+
+    @property
+    def micro(self) -> int:
+        return self.micro_batch or max(self.global_batch // self.world, 1)
+
+    @property
+    def batches_per_step(self) -> int:
+        return self.global_batch // (self.world * self.micro)
+
+    def positions(self, start: int) -> Iterator[np.ndarray]:
+        """(micro,) int64 positions, for ever, from step `start`."""
+        return micro_batches(start, self.global_batch, self.rank, self.world, self.micro)
+
+
+class LatentStream:
+    """Latents for LightningDiT: `share.batches_per_step` LatentBatches a step, on `device`.
+
+    Each sample is mirrored with probability 1/2 (as the reference does it: `latents_flip` instead of `latents`), normalised
+    to (x - mean) / std when latent_norm, then multiplied by multiplier. threads read ahead; on a GPU the copy and the
+    arithmetic run there.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        seed: int,
+        share: Share,
+        latent_norm: bool = True,
+        multiplier: float = 1.0,
+        flip: bool = True,
+        device: torch.device | str = "cpu",
+        threads: int = 2,
+    ):
+        self.latents, self.seed, self.share, self.flip, self.threads = latents, seed, share, flip, threads
+        self.device, self.multiplier = torch.device(device), multiplier
+        self._mean = latents.mean.to(self.device) if latent_norm else None
+        self._std = latents.std.to(self.device) if latent_norm else None
+
+    def batches(self, start: int = 0) -> Iterator[LatentBatch]:
+        """From step `start` on, without end; close the iterator to end its threads."""
+        on_cpu = self.device.type == "cpu"
+        for batch in ahead(self._read, self.share.positions(start), depth=2 * self.threads, threads=self.threads):
+            yield batch if on_cpu else self._normalised(batch)
+
+    def _read(self, positions: np.ndarray) -> LatentBatch:
+        indices = sample_order(self.seed, positions, len(self.latents))
+        mirrored = flips(self.seed, positions) if self.flip else False
+        pinned = self.device.type == "cuda"
+        out = torch.empty(len(positions), *self.latents.shape, pin_memory=pinned)
+        self.latents.read(indices, mirrored, out)
+        labels, index = self.latents.labels[indices], torch.from_numpy(positions)
+        if pinned:
+            return LatentBatch(out, labels.pin_memory(), index.pin_memory())
+        batch = LatentBatch(out, labels, index)
+        return self._normalised(batch) if self.device.type == "cpu" else batch
+
+    def _normalised(self, batch: LatentBatch) -> LatentBatch:
+        latents, labels, index = (t.to(self.device, non_blocking=True) for t in (batch.latents, batch.labels, batch.index))
+        if self._mean is not None:
+            latents.sub_(self._mean).div_(self._std)
+        if self.multiplier != 1.0:
+            latents.mul_(self.multiplier)
+        return LatentBatch(latents, labels, index)
+
+
+class ImageStream:
+    """Images for the tokenizer: `share.batches_per_step` ImageBatches (on the CPU) a step; `index` = positions in the run.
+
+    images: opened with crop="random"; the place of each crop is a function of (seed, position). flip: mirror with
+    probability 1/2; the reference does not.
+    """
+
+    def __init__(self, images: Images, seed: int, share: Share, flip: bool = False):
+        self.images, self.seed, self.share, self.flip = images, seed, share, flip
+
+    def batches(self, start: int = 0) -> Iterator[ImageBatch]:
+        """From step `start` on, without end; close the iterator to end its threads."""
+        return ahead(self._read, self.share.positions(start), depth=2)
+
+    def _read(self, positions: np.ndarray) -> ImageBatch:
+        indices = sample_order(self.seed, positions, len(self.images))
+        counters = torch.from_numpy(positions)
+        pixels = self.images.read(indices, self.seed, counters if self.images.crop == "random" else None)
+        if self.flip:
+            mirrored = torch.from_numpy(flips(self.seed, positions))
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+        return ImageBatch(pixels, self.images.labels[indices], counters)
