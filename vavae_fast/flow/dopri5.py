@@ -87,7 +87,10 @@ def dopri5_states(
             stuck = active & ~(t + h > t)
             go_on, failed = torch.stack((active.any(), stuck.any())).tolist()
             if failed:
-                raise ArithmeticError("dopri5: the step size underflows; the velocity is not finite, or atol and rtol are too small")
+                raise ArithmeticError(
+                    "dopri5: the step size underflows; the velocity is not finite (error_norm 'batch' also evaluates it past "
+                    "the end, 'sample' does not), or atol and rtol are too small"
+                )
             if not go_on:
                 break
             landing = t + h

@@ -16,7 +16,7 @@ from ..rng import Stream
 from .dopri5 import ERROR_NORMS
 from .guidance import guided
 from .paths import DIFFUSIONS, look_up
-from .samplers import ODE_METHODS, SDE_SAMPLERS, OdeSampler, Sampler, SdeSampler
+from .samplers import LAST_STEPS, ODE_METHODS, SDE_SAMPLERS, OdeSampler, Sampler, SdeSampler
 from .transport import Transport, create_transport
 
 IndexedBatches = Iterable[tuple[Tensor, Tensor]]
@@ -56,6 +56,8 @@ class SamplerSettings:
         require(self.rtol > 0, "sample.rtol", self.rtol, "above 0")
         look_up(ERROR_NORMS, self.error_norm, "sample.error_norm")
         look_up(DIFFUSIONS, self.diffusion_form, "sample.diffusion_form")
+        look_up(LAST_STEPS, self.last_step or "none", "sample.last_step")
+        require(0 <= self.last_step_size < 1, "sample.last_step_size", self.last_step_size, "in [0, 1)")
 
 
 @dataclass(frozen=True)

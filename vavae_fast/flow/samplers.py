@@ -202,7 +202,7 @@ class SdeSampler:
         for x in walk:
             if self.keep_trajectory:
                 states.append(x)
-        end = _LAST_STEPS[self.last_step](self.transport, predict, drift, x, self.times[-1], self.last_step_size)
+        end = LAST_STEPS[self.last_step](self.transport, predict, drift, x, self.times[-1], self.last_step_size)
         return torch.stack([*states, end])
 
 
@@ -213,7 +213,7 @@ def _tweedie(transport: Transport, predict: Velocity, drift: Velocity, x: Tensor
 
 
 # The step from times[-1] to t = 1, where the SDE itself is singular.
-_LAST_STEPS: dict[str, Callable[..., Tensor]] = {
+LAST_STEPS: dict[str, Callable[..., Tensor]] = {
     "none": lambda transport, predict, drift, x, t, size: x,
     "Mean": lambda transport, predict, drift, x, t, size: x + size * drift(x, t),
     "Tweedie": _tweedie,
@@ -273,7 +273,7 @@ class Sampler:
         noise(step, like) makes the increments; torch's generator by default.
         """
         look_up(SDE_SAMPLERS, sampling_method.lower(), "sampling_method")
-        look_up(_LAST_STEPS, last_step or "none", "last_step")
+        look_up(LAST_STEPS, last_step or "none", "last_step")
         look_up(DIFFUSIONS, diffusion_form, "diffusion_form")
         require(0 <= last_step_size < 1, "last_step_size", last_step_size, "in [0, 1)")
         size = last_step_size if last_step else 0.0
