@@ -6,6 +6,7 @@ No memory map: a file that is cut short under a map kills the process, under `pr
 import io
 import os
 import pickle
+import struct
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,9 @@ MANIFEST = "manifest.json"
 _MAX_STATISTICS = 1 << 20  # bytes of latents_stats.pt; the reference's has about 2,000
 _MAX_RUN = 1024  # buffers a preadv takes (IOV_MAX)
 _ROWS_AT_ONCE = 256  # of the statistics pass
+# What torch.load raises on damaged bytes and on pickles that it refuses.
+_TORCH_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError)
+_TORCH_LOAD_ERRORS += (struct.error, AssertionError, OverflowError)
 
 
 def open_latents(folder: str | Path) -> "Latents":
@@ -213,7 +217,7 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
         raise BadInput(f"{path}: {path.stat().st_size} bytes are too many for two vectors; {cure}")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+    except _TORCH_LOAD_ERRORS as error:
         raise BadInput(f"{path}: not a readable statistics file ({type(error).__name__}); {cure}") from None
     pair = [value.get(key) if isinstance(value, dict) else None for key in ("mean", "std")]
     shape = (1, channels, 1, 1)
