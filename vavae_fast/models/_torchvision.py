@@ -31,7 +31,8 @@ def _import_torchvision() -> None:
         importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
-            raise
+            reason = str(error).strip().splitlines()[0][:160]
+            raise BadInput(f"torchvision does not import ({reason}); install the build that fits torch {torch.__version__}") from None
         _declare("nms", "qnms")
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

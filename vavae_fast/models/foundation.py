@@ -100,7 +100,8 @@ class FoundationModel(nn.Module):
         x = images
         if self.patch != _STRIDE:
             x = F.interpolate(x, size=(h * self.patch, w * self.patch), mode="bilinear", align_corners=False)
-        tokens = self.encoder.forward_features(x * self.gain + self.offset)[:, self.encoder.num_prefix_tokens :]
+        x = (x * self.gain + self.offset).to(self.gain.dtype)
+        tokens = self.encoder.forward_features(x)[:, self.encoder.num_prefix_tokens :]
         features = tokens.transpose(1, 2).unflatten(2, (h, w))
         return features if self.grid in (None, (h, w)) else _resample(features, self.grid)
 

@@ -9,6 +9,7 @@ import argparse
 import logging
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -80,29 +81,40 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    in_zip = zipfile.is_zipfile(path)
-    if in_zip:
-        _require_torch_zip(path)
+    members = _zip_members(path)
+    if members is not None:
+        _require_torch_zip(members, path)
     try:
         # Namespace: checkpoints of the DiT family carry their command line; it is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of foreign protocols, which end in an error all the same
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=members is not None)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise BadInput(f"{path}: not a PyTorch file, or damaged ({_first_line(error)}); fetch it again") from None
-        raise BadInput(f"{path}: refused, it holds Python objects that could run code ({_refused_name(error)}); "
-                       "where you trust it, save its tensors alone: safetensors.torch.save_file(state_dict, ...)") from None  # fmt: skip
+        if name := _refused_name(error):
+            cure = "where you trust it, save its tensors alone: safetensors.torch.save_file(state_dict, ...)"
+            raise BadInput(f"{path}: refused, it holds Python objects that could run code ({name}); {cure}") from None
+        raise _damaged(path, error) from None
     except _DAMAGED as error:
-        raise BadInput(f"{path}: not a PyTorch file, or damaged ({_first_line(error)}); fetch it again") from None
+        raise _damaged(path, error) from None
 
 
-def _require_torch_zip(path: Path) -> None:
-    """A PyTorch file is a zip of uncompressed members; a compressed one may unfold to any size."""
+def _damaged(path: Path, error: Exception) -> BadInput:
+    return BadInput(f"{path}: not a PyTorch file, or damaged ({_first_line(error)}); fetch it again")
+
+
+def _zip_members(path: Path) -> list[zipfile.ZipInfo] | None:
+    """What a zip archive lists, or None for any other file."""
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise BadInput(f"{path}: damaged zip ({_first_line(error)}); fetch it again") from None
+            return archive.infolist()
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def _require_torch_zip(members: list[zipfile.ZipInfo], path: Path) -> None:
+    """A PyTorch file is a zip of uncompressed members; a compressed one may unfold to any size."""
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise BadInput(f"{path}: a zip archive, not a PyTorch file; unpack it and name the weights inside")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -110,17 +122,18 @@ def _require_torch_zip(path: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    """The reason alone, of an error that may go on with advice to PyTorch's users."""
+    lines = str(error).split("WeightsUnpickler error: ")[-1].strip().splitlines()
+    return lines[0].split(" Check the documentation")[0][:160] if lines else type(error).__name__
 
 
-def _refused_name(error: pickle.UnpicklingError) -> str:
-    """The class or function that PyTorch's message names, or the start of its reason."""
+def _refused_name(error: pickle.UnpicklingError) -> str | None:
+    """The class or function that PyTorch refused, or None when the bytes made no sense to it."""
     text = " ".join(str(error).split())
-    for opening, closing in (("GLOBAL ", " was not"), ("Unsupported class ", " "), ("unrecognized function ", " ")):
+    for opening in ("GLOBAL ", "unrecognized function "):
         if opening in text:
-            return text.split(opening, 1)[1].split(closing, 1)[0]
-    return text.split("WeightsUnpickler error: ")[-1][:120]
+            return text.split(opening, 1)[1].split(" ", 1)[0]
+    return None
 
 
 def _state_dict_in(content: Any, prefer: str, path: Path) -> dict[str, Tensor]:
