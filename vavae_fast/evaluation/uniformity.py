@@ -59,9 +59,9 @@ def density_statistics(p: np.ndarray) -> dict[str, float]:
     positive = share[share > 0]
     rank = np.arange(1, n + 1)
     return {
-        "density_cv": float(p.std() / p.mean()),
+        "density_cv": float(share.std() * n),
         "normalized_entropy": float(-(positive * np.log(positive)).sum() / np.log(n)),
-        "gini": float(((2 * rank - n - 1) * np.sort(p)).sum() / (n * p.sum())),
+        "gini": float(((2 * rank - n - 1) * np.sort(share)).sum() / n),
     }
 
 

@@ -1,0 +1,161 @@
+"""The evaluation as a whole, with a small stand-in for Inception: values, names, protocol, refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+from vavae_fast.errors import BadInput
+from vavae_fast.evaluation import (
+    METRICS,
+    ReferenceStatistics,
+    evaluate_samples,
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
+from vavae_fast.evaluation.evaluate import fid_name, frechet_standard_error, require_count
+from vavae_fast.evaluation.inception import InceptionFeatures
+
+
+class Pixels:
+    """Features that are linear in the pixels: enough to follow every number by hand."""
+
+    sha256 = "0" * 64
+    recognised = True
+    seen = 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        flat = images.flatten(1).float() / 255
+        return InceptionFeatures(flat[:, :10], flat[:, 10:15], flat[:, :4] * 5)
+
+
+def draw(n, seed, low=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(low, 256, (n, 3, 4, 4), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return draw(2100, seed=0)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return draw(2048, seed=1, low=30)
+
+
+def test_values_are_those_of_the_single_functions(samples, real):
+    features = Pixels()
+    found = evaluate_samples(samples.split(256), ReferenceStatistics("real", images=real.split(500)), METRICS, features)
+    ours, theirs = Pixels()(samples), Pixels()(real)
+    assert features.seen == 2100 + 2048, "one pass over each set"
+    expected = {
+        "fid": frechet_distance(*feature_statistics(ours.pool), *feature_statistics(theirs.pool)),
+        "sfid": frechet_distance(*feature_statistics(ours.spatial), *feature_statistics(theirs.spatial)),
+        "is": inception_score(ours.logits),
+    }
+    expected["precision"], expected["recall"] = precision_recall(theirs.pool, ours.pool)
+    protocol = found.pop("protocol")
+    assert found == pytest.approx(expected, rel=1e-10)
+    assert protocol["fid_name"] == "FID-2100" and protocol["samples"] == 2100 and protocol["image_size"] == [4, 4]
+    assert protocol["inception_sha256"] == "0" * 64 and protocol["reference"] == "real" and protocol["warnings"] == []
+
+
+@pytest.mark.parametrize("batch", [3, 77, 2100])
+def test_values_do_not_move_with_the_batch_size(samples, real, batch):
+    reference = ReferenceStatistics("real", images=[real])
+    whole = evaluate_samples([samples], reference, ("fid", "is"), Pixels())
+    parts = evaluate_samples(samples.split(batch), reference, ("fid", "is"), Pixels())
+    assert (parts["fid"], parts["is"]) == pytest.approx((whole["fid"], whole["is"]), rel=1e-10)
+
+
+def test_stored_moments_need_no_images(samples, real):
+    theirs = Pixels()(real)
+    (mu, sigma), (mu_s, sigma_s) = feature_statistics(theirs.pool.numpy()), feature_statistics(theirs.spatial.numpy())
+    stored = ReferenceStatistics("stored.npz", "f" * 64, mu, sigma, mu_s, sigma_s)
+    found = evaluate_samples([samples.numpy()], stored, ("fid", "sfid", "is"), Pixels())
+    images = evaluate_samples([samples], ReferenceStatistics("real", images=[real]), ("fid", "sfid", "is"), Pixels())
+    assert [found[m] for m in ("fid", "sfid", "is")] == pytest.approx([images[m] for m in ("fid", "sfid", "is")], rel=1e-9)
+    assert found["protocol"]["reference_sha256"] == "f" * 64
+
+
+def test_only_what_is_asked(samples, real):
+    found = evaluate_samples([samples], ReferenceStatistics("real", images=[real]), ("recall",), Pixels())
+    assert set(found) == {"recall", "protocol"}
+
+
+def test_bootstrap_error_is_the_spread_of_the_mean():
+    """With a fixed covariance far from zero the distance moves as 2 |mu1 - mu2| se(mean): the error is known."""
+    x = torch.randn(1000, 1, dtype=torch.float64)
+    mu, sigma = torch.tensor([10.0], dtype=torch.float64), torch.eye(1, dtype=torch.float64)
+    error = frechet_standard_error(x, mu, sigma, repeats=100, seed=0)
+    assert error == pytest.approx(2 * 10 / 1000**0.5, rel=0.3)  # 100 repeats know a spread to 7 %
+    assert error == frechet_standard_error(x, mu, sigma, repeats=100, seed=0)
+    assert error != frechet_standard_error(x, mu, sigma, repeats=100, seed=1)
+
+
+def test_bootstrap_stands_in_the_result(samples, real):
+    found = evaluate_samples([samples], ReferenceStatistics("real", images=[real]), ("fid",), Pixels(), bootstrap=5)
+    assert 0 < found["fid_standard_error"] < found["fid"]
+
+
+def test_fewer_than_50000_samples_have_a_name_of_their_own():
+    assert [fid_name(n) for n in (5000, 49_999, 50_000, 60_000)] == ["FID-5000", "FID-49999", "FID", "FID"]
+
+
+def test_too_few_for_fid(samples, real):
+    reference = ReferenceStatistics("real", images=[real])
+    with pytest.raises(BadInput, match="samples: 2047 images, FID and sFID need 2048"):
+        evaluate_samples([samples[:2047]], reference, ("sfid",), Pixels())
+    with pytest.raises(BadInput, match="few: 100 images"):
+        evaluate_samples([samples], ReferenceStatistics("few", images=[real[:100]]), ("fid",), Pixels())
+    require_count(100, ("is", "precision"))
+    assert 0 <= evaluate_samples([samples[:100]], reference, ("precision",), Pixels())["precision"] <= 1
+
+
+def test_reference_without_what_a_metric_needs(samples):
+    reference = ReferenceStatistics("pooled.npz", mu=np.zeros(10), sigma=np.eye(10))
+    with pytest.raises(BadInput, match="pooled.npz: has no images .* for sfid, recall"):
+        evaluate_samples([samples], reference, ("fid", "sfid", "recall"), Pixels())
+    with pytest.raises(BadInput, match="--metrics: kid; choose among fid,sfid,is,precision,recall"):
+        evaluate_samples([samples], reference, ("fid", "kid"), Pixels())
+
+
+def test_reference_of_other_features(samples):
+    reference = ReferenceStatistics("other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match="10 dimensions.* 7"):
+        evaluate_samples([samples], reference, ("fid",), Pixels())
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        ([], "no images"),
+        ([np.zeros((5, 3, 4, 4), np.uint8)], "all 5 images are of one colour"),
+        ([np.zeros((5, 3, 4, 4))], "uint8"),
+        ([np.zeros((5, 4, 4, 3), np.uint8)], "uint8"),
+        ([np.full((5, 3, 4, 4), np.nan)], "uint8"),
+        ([draw(5, 0), draw(5, 0)[..., :3]], "image 5 is"),
+    ],
+)
+def test_wrong_images_are_one_clear_line(real, batches, message):
+    with pytest.raises(ValueError, match=f"samples: .*{message}"):
+        evaluate_samples(batches, ReferenceStatistics("real", images=[real]), ("is",), Pixels())
+
+
+def test_suspicious_images_are_reported(samples, real):
+    dull = samples.clone()
+    dull[3], dull[10:20] = 7, dull[9]
+    found = evaluate_samples([dull], ReferenceStatistics("real", images=[real]), ("is",), Pixels())
+    assert found["protocol"]["warnings"] == [
+        "samples: 1 of 2100 images are of one colour",
+        "samples: 10 of 2100 images are copies of others",
+    ]
+
+
+def test_unknown_weights_are_reported(samples, real):
+    features = Pixels()
+    features.recognised = False
+    found = evaluate_samples([samples], ReferenceStatistics("real", images=[real]), ("is",), features)
+    assert "weights are not the known ones" in found["protocol"]["warnings"][0]
