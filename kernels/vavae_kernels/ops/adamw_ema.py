@@ -41,7 +41,7 @@ def adamw_ema_reference(
     """AdamW in place on lists of plain tensors of one device; steps are () fp32 tensors. See `ema_reference`."""
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs)]
     if grad_scale is not None:
-        grads = [g / grad_scale.to(g.dtype) for g in grads]
+        grads = torch._foreach_div(grads, grad_scale.reshape(()))
     new_steps = torch._foreach_add(steps, 1.0)
     new_avgs = torch._foreach_lerp(exp_avgs, grads, 1 - betas[0])
     new_sqs = torch._foreach_mul(exp_avg_sqs, betas[1])
@@ -79,7 +79,7 @@ def _store(old: list[Tensor], new: list[Tensor], found_inf: Tensor | None) -> No
     if found_inf is None:
         torch._foreach_copy_(old, new)
         return
-    skip = found_inf != 0
+    skip = found_inf.reshape(()) != 0
     for before, after in zip(old, new):
         torch.where(skip, before, after.to(before.dtype), out=before)
 
@@ -95,9 +95,7 @@ class AdamWEMA(torch.optim.Optimizer):
     found_inf != 0 changes nothing at all, EMA and step count included, and gradients are divided by grad_scale.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets the two attributes below
-    found_inf: Tensor | None = None
-    grad_scale: Tensor | None = None
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets found_inf and grad_scale
 
     def __init__(
         self,
@@ -148,8 +146,8 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = self.found_inf if found_inf is None else found_inf
-        grad_scale = self.grad_scale if grad_scale is None else grad_scale
+        found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
+        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         for group in self.param_groups:
             for params in _chunks(group["params"]):
                 self._step_chunk(params, group, found_inf, grad_scale)
@@ -171,11 +169,11 @@ class AdamWEMA(torch.optim.Optimizer):
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
-                found_inf=found_inf,
-                grad_scale=grad_scale,
+                found_inf=_local(found_inf),
+                grad_scale=_local(grad_scale),
             )
         if group["ema_decay"] is not None:
-            ema_reference([_local(self.state[p]["ema"]) for p in params], [_local(p) for p in params], group["ema_decay"], found_inf)
+            ema_reference([_local(self.state[p]["ema"]) for p in params], [_local(p) for p in params], group["ema_decay"], _local(found_inf))
 
     def ema_state_dict(self) -> dict[str, Tensor]:
         """name -> EMA tensor, the live one (fp32, or fp64). Before the first step that is the parameter itself."""
@@ -226,6 +224,6 @@ def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor | None) -> Tensor | None:
     """The shard of a DTensor that lies here (sharing its memory); a plain tensor as it is."""
     return tensor.to_local() if type(tensor).__name__ == "DTensor" else tensor
