@@ -62,7 +62,8 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class LatentScale:
-    """The normalisation that training applied, (z - mean) / std * multiplier, to be undone. mean, std (1, C, 1, 1)."""
+    """The normalisation that training applied, (z - mean) / std * multiplier, to be undone. mean, std (1, C, 1, 1); the
+    defaults where training did not normalise."""
 
     mean: Tensor | float = 0.0
     std: Tensor | float = 1.0
