@@ -32,9 +32,6 @@ def tokens(b=2, c=6, h=3, w=4, dtype=torch.float64):
     return torch.randn(b, c, h, w, dtype=dtype)
 
 
-# -- vf_loss -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_vf_loss_is_its_definition(impl):
     """Token by token, pair by pair."""
@@ -130,9 +127,7 @@ def test_vf_loss_gradient_is_the_derivative(impl):
     assert torch.autograd.gradcheck(lambda z: vf_loss(z, aux, 0.05, 0.1, impl=impl), z)
 
 
-@pytest.mark.parametrize(
-    "shapes", [((1, 4, 2, 2), (1, 5, 2, 2)), ((1, 4, 2, 2), (1, 4, 2, 3)), ((2, 4, 2, 2), (1, 4, 2, 2)), ((4, 2, 2), (4, 2, 2))]
-)
+@pytest.mark.parametrize("shapes", [((1, 4, 2, 2), (1, 5, 2, 2)), ((1, 4, 2, 2), (1, 4, 2, 3)), ((2, 4, 2, 2), (1, 4, 2, 2)), ((4, 2, 2), (4, 2, 2))])
 def test_maps_that_do_not_match_are_named(shapes):
     with pytest.raises(ValueError, match="vf_loss: z is"):
         vf_loss(*map(torch.zeros, shapes), 0, 0)
@@ -154,9 +149,6 @@ def test_golden_vf_loss(golden_dir, impl, case, dtype):
         expected = golden[f"{case}.grad_{name}"]
         error = (gradient.double() - expected).norm() / expected.norm()
         assert error <= (1e-4 if dtype == torch.float32 else 1e-6), name
-
-
-# -- the other terms -------------------------------------------------------------------------------------------------------
 
 
 def test_nll_is_a_sum_over_pixels_and_a_mean_over_images():
@@ -222,11 +214,8 @@ def test_adaptive_weight_against_finite_differences():
     assert adaptive_weight(first(w), 0 * second(w), w, 1e8).item() == pytest.approx(norm(first).item() / 1e-4, rel=1e-6)
 
 
-# -- the whole objective ---------------------------------------------------------------------------------------------------
-
-
 WEIGHTS = LossWeights(
-    kl_weight=1e-3, perceptual_weight=0.8, disc_weight=0.5, disc_start=6, vf_weight=0.1, adaptive_vf=True,
+    kl_weight=1e-3, perceptual_weight=0.8, disc_weight=0.5, disc_start=6, disc_factor=0.7, vf_weight=0.1, adaptive_vf=True,
     distmat_margin=0.1, cos_margin=0.2, distmat_weight=0.7, cos_weight=1.3,
 )  # fmt: skip
 KEYS = ["loss", "nll", "rec", "perceptual", "kl", "g_loss", "d_weight", "mdms", "mcos", "vf_loss", "vf_weight"]

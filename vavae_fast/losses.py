@@ -1,11 +1,11 @@
 """The objectives of the tokenizer as pure functions. Yao et al. 2025 (VA-VAE), section 3; Esser et al. 2021 (VQGAN).
 
-    autoencoder    nll + kl_weight kl + lambda_gan g_loss + lambda_vf vf        generator_objective
-    discriminator  hinge (or vanilla) loss of real and reconstructed images     discriminator_objective
+autoencoder    nll + kl_weight kl + lambda_gan g_loss + lambda_vf vf        generator_objective
+discriminator  hinge (or vanilla) loss of real and reconstructed images     discriminator_objective
 
-    nll = sum(|x - r| + perceptual_weight LPIPS(x, r)) / B      kl = KL(q(z | x) || N(0, 1)), summed over the latent, mean over B
-    vf  = distmat_weight mdms + cos_weight mcos                 g_loss = -mean D(r)
-    lambda_gan = disc_weight |grad nll| / |grad g_loss| at the decoder's last layer, lambda_vf likewise at the encoder's
+nll = sum(|x - r| + perceptual_weight LPIPS(x, r)) / B      kl = KL(q(z | x) || N(0, 1)), summed over the latent, mean over B
+vf  = distmat_weight mdms + cos_weight mcos                 g_loss = -mean D(r)
+lambda_gan = disc_weight |grad nll| / |grad g_loss| at the decoder's last layer, lambda_vf likewise at the encoder's
 """
 
 from collections.abc import Callable
@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 import vavae_kernels
 from torch import Tensor
-
-# -- alignment with a vision foundation model ------------------------------------------------------------------------
 
 
 def vf_loss(
@@ -54,9 +52,6 @@ def _cosines(x: Tensor) -> Tensor:
     """(B, C, N) -> (B, N, N): the cosine of every pair of tokens."""
     x = F.normalize(x, dim=1)
     return x.transpose(1, 2) @ x
-
-
-# -- reconstruction, prior, adversary --------------------------------------------------------------------------------
 
 
 def reconstruction_nll(images: Tensor, reconstructions: Tensor, distance: Tensor | None = None, perceptual_weight: float = 1.0) -> Tensor:
@@ -96,9 +91,6 @@ DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# -- weights between the terms ---------------------------------------------------------------------------------------
 
 
 def adaptive_weight(nll_loss: Tensor, other_loss: Tensor, last_layer: Tensor, maximum: float) -> Tensor:
@@ -150,9 +142,6 @@ class LossWeights:
     def discriminator_factor(self, iteration: int) -> float:
         """disc_factor once the discriminator trains, 0 before."""
         return adopt_weight(self.disc_factor, 2 * iteration + 1, self.disc_start)
-
-
-# -- the two objectives ----------------------------------------------------------------------------------------------
 
 
 class Alignment(NamedTuple):

@@ -36,9 +36,6 @@ def same(state, expected):
     return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "w.ckpt", "w.bin"])
 def test_plain_files(tmp_path, name):
     state = {"a": torch.randn(2, 3), "b": torch.arange(3)}
@@ -177,9 +174,6 @@ def test_damage_is_bad_input_and_nothing_else(tmp_path, name):
     assert refused > 75
 
 
-# -- into a module --------------------------------------------------------------------------------------------------------
-
-
 def test_load_strict_copies_everything(vae):
     other = AutoencoderKL(**TINY)
     load_strict(other, vae.state_dict(), "memory")
@@ -244,9 +238,6 @@ def test_the_likely_cause_is_named(vae):
 def test_ignored_prefixes_may_be_absent_or_there(vae):
     state = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
     load_strict(vae, {**state, "loss.logvar": torch.zeros(())}, "some.pt", ignore=("decoder.", "loss."))
-
-
-# -- autoencoders -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
