@@ -1,5 +1,7 @@
 """Inception score (Salimans et al. 2016): exp of the mean KL(p(y|x) || p(y)), with the splits of ADM's evaluator."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def inception_score(logits: Array, split_size: int = 5000) -> float:
 
 def _score(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(dim=1)
-    log_marginal = log_p.logsumexp(dim=0) - torch.tensor(float(len(log_p)), dtype=torch.float64).log()
+    log_marginal = log_p.logsumexp(dim=0) - math.log(len(log_p))
     p = log_p.exp()
     kl = torch.where(p > 0, p * (log_p - log_marginal), 0.0)  # p log p -> 0, where log p may be -inf
     return kl.sum(dim=1).mean().exp()

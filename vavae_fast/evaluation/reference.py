@@ -117,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
     except KeyError:
         raise BadInput(f"{path}: holds no arr_0; images are stored under that name, uint8 (N, H, W, 3)") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise BadInput(f"{path}: damaged or cut short ({type(error).__name__}); copy it again") from None
+        raise BadInput(f"{path}: cannot be read ({type(error).__name__}); if it is damaged or cut short, copy it again") from None
     except ValueError as error:
         if isinstance(error, BadInput):
             raise
