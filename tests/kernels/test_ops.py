@@ -21,7 +21,7 @@ from vavae_kernels import (
     vf_loss,
 )
 
-B, N, D, H, DH, C = 3, 6, 10, 2, 8, 4
+B, N, D, H, DH, C = 2, 3, 6, 2, 4, 4
 
 
 def tables(tokens: int = N, head_dim: int = DH) -> tuple[torch.Tensor, torch.Tensor]:
