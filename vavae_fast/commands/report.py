@@ -1,0 +1,173 @@
+"""A run folder as one static HTML page: curves, samples, scores, config. Nothing is loaded from elsewhere."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vavae_fast import artifacts
+from vavae_fast.commands import _html
+from vavae_fast.errors import BadInput
+
+EXAMPLE = "vavae-fast report output/lightningdit_xl"
+
+# Plots, each of the keys that are there: (title, keys, logarithmic). Keys named nowhere get a plot of their own.
+_PLOTS = (
+    ("loss", ("loss", "mse", "cos"), False),
+    ("negative log-likelihood, per image", ("nll",), True),
+    ("reconstruction", ("rec", "perceptual"), False),
+    ("KL to the prior, nats an image", ("kl",), True),
+    ("alignment (VF)", ("mdms", "mcos", "vf_loss"), False),
+    ("adversary", ("g_loss", "d_loss", "logits_real", "logits_fake"), False),
+    ("adaptive weights", ("vf_weight", "d_weight"), True),
+    ("gradient norm", ("grad_norm",), True),
+    ("learning rate", ("lr",), False),
+    ("images a second", ("images_per_second",), False),
+    ("share of the time spent waiting for data", ("data_wait",), False),
+    ("peak memory, GB", ("memory_gb",), False),
+    ("skipped steps", ("skipped",), False),
+)
+_FILES = ("metrics.jsonl", "metrics.json", "manifest.json", "config.yaml")
+_NOT_PLOTTED = ("step", "seconds")
+_MOST_PICTURES, _LARGEST_PICTURE = 6, 8 << 20  # bytes of one embedded file
+
+
+def arguments(parser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder, as train or train-tokenizer wrote it")
+
+
+@dataclass(frozen=True)
+class ReportPlan:
+    """The folder, and what was read from it."""
+
+    folder: Path
+    steps: list[dict[str, Any]]  # metrics.jsonl
+    unreadable: int  # lines of it
+    manifest: dict[str, Any]
+    config: str
+    scores: Any  # metrics.json
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "report.html"
+
+    def describe(self) -> str:
+        return f"{len(self.steps):,} logged steps of {self.folder} -> {self.out}\nnothing was written"
+
+
+def plan(config: None, args) -> ReportPlan:
+    folder = args.run_dir
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such run folder")
+    if not any((folder / name).is_file() for name in _FILES):
+        raise BadInput(f"{folder}: not a run folder, it has none of {', '.join(_FILES)}; give <train.output_dir>/<train.exp_name>")
+    artifacts.require_writable(folder)
+    steps, unreadable = _logged_steps(folder / "metrics.jsonl")
+    manifest, scores = (artifacts.read_json(folder / name) if (folder / name).is_file() else None for name in ("manifest.json", "metrics.json"))
+    if not isinstance(manifest, dict | None):
+        raise BadInput(f"{folder / 'manifest.json'}: expected an object, got {type(manifest).__name__}; it is damaged, or not ours")
+    config_file = folder / "config.yaml"
+    text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
+    return ReportPlan(folder, steps, unreadable, manifest or {}, text, scores)
+
+
+def _logged_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics.jsonl in order of their step, the last one of each step, and how many lines a kill cut short."""
+    if not path.is_file():
+        return [], 0
+    steps, unreadable = {}, 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            values = None
+        if isinstance(values, dict) and _is_number(values.get("step")):
+            steps[values["step"]] = values
+        else:
+            unreadable += 1
+    return [steps[step] for step in sorted(steps)], unreadable
+
+
+def run(plan: ReportPlan) -> Path:
+    sections = [("Summary", _summary(plan)), ("Curves", _curves(plan.steps))]
+    if pictures := _pictures(plan.folder / "samples"):
+        sections.append(("Samples", pictures))
+    if plan.scores is not None:
+        sections.append(("Scores", _html.table([("score", "value"), *_flat(plan.scores)])))
+    if plan.manifest:
+        sections.append(("What made it", _html.table([("fact", "value"), *_flat(plan.manifest)])))
+    if plan.config:
+        sections.append(("Config", _html.preformatted(plan.config, "config.yaml, every key")))
+    artifacts.write_text(plan.out, _html.page(f"{plan.manifest.get('stage', 'run')}: {plan.folder.resolve().name}", sections))
+    print(f"report  {plan.out}")
+    return plan.out
+
+
+def _summary(plan: ReportPlan) -> str:
+    if not plan.steps:
+        return _html.paragraph("No step has been logged yet.")
+    last, seconds, rates, memory = plan.steps[-1], *(_values(plan.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
+    rows = [
+        ("steps", last["step"]),
+        ("hours in training", sum(seconds) / 3600 if seconds else None),
+        ("images a second, median", sorted(rates)[len(rates) // 2] if rates else None),
+        ("peak memory, GB", max(memory, default=None)),
+        *((f"{key}, last logged", last.get(key)) for key in ("loss", "mse", "rec", "perceptual", "mcos", "mdms")),
+        ("steps skipped, gradient not finite", last.get("skipped")),
+    ]
+    note = f"{plan.unreadable} line(s) of metrics.jsonl could not be read and are left out."
+    return _html.table([("", "value"), *(row for row in rows if _is_number(row[1]))]) + (_html.paragraph(note) if plan.unreadable else "")
+
+
+def _values(steps: list[dict[str, Any]], key: str) -> list[float]:
+    return [s[key] for s in steps if _is_number(s.get(key))]
+
+
+def _curves(steps: list[dict[str, Any]]) -> str:
+    present = {key for values in steps for key, value in values.items() if _is_number(value)} - {*_NOT_PLOTTED}
+    named = {key for _, keys, _ in _PLOTS for key in keys}
+    plots = [(title, [key for key in keys if key in present], log) for title, keys, log in _PLOTS]
+    plots += [(key, [key], False) for key in sorted(present - named)]
+    drawn = [_html.svg_lines({key: _points(steps, key) for key in keys}, title, log) for title, keys, log in plots if keys]
+    return "".join(drawn) or _html.paragraph("No values to draw.")
+
+
+def _points(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
+    return [(s["step"], s[key] if _is_number(s.get(key)) else None) for s in steps]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _pictures(folder: Path) -> str:
+    """The PNG files of `folder`: the newest and, evenly spread, some before it."""
+    from PIL import Image, UnidentifiedImageError
+
+    files = sorted(folder.glob("*.png"))
+    if len(files) > _MOST_PICTURES:
+        files = [files[round(i * (len(files) - 1) / (_MOST_PICTURES - 1))] for i in range(_MOST_PICTURES)]
+    parts = []
+    for file in reversed(files):
+        data = file.read_bytes()
+        if len(data) > _LARGEST_PICTURE:
+            parts.append(_html.paragraph(f"{file.name} is {artifacts.readable_bytes(len(data))}, too large for this page."))
+            continue
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                size = image.size
+        except (UnidentifiedImageError, OSError):
+            parts.append(_html.paragraph(f"{file.name} is not a readable image."))
+            continue
+        parts.append(_html.figure(_html.png_image(data, size, file.stem), file.stem))
+    return "".join(parts)
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Nested objects as rows: {"a": {"b": 1}} -> [("a.b", 1)]; a list is one row."""
+    if isinstance(value, dict):
+        return [row for key, inner in value.items() for row in _flat(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list):
+        return [(name, ", ".join(map(str, value)))]
+    return [(name, value)]
