@@ -73,25 +73,31 @@ def _main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"vavae-fast {__version__}")
         return 0
+    run_command(argv)
+    return 0
+
+
+def run_command(argv: list[str]) -> None:
+    """One command, its errors as exceptions: what `main` calls, and what runs a stage inside another program."""
     name = argv[0]
     if name not in COMMANDS:
         raise BadInput(f"no command {name!r}{_nearest(name)}; commands: {', '.join(COMMANDS)}")
     command = importlib.import_module("vavae_fast.commands." + name.replace("-", "_"))
     args = parse(command, name, argv[1:])
     if args is None:
-        return 0
+        return
     config = _config(command, args)
     if args.print_config:
         from vavae_fast.config import to_yaml
 
         print(to_yaml(config), end="")
-        return 0
+        return
     plan = command.plan(config, args)
     if args.dry_run:
-        print(plan.describe() if int(os.environ.get("RANK", 0)) == 0 else "", end="\n")
-        return 0
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan.describe())
+        return
     command.run(plan)
-    return 0
 
 
 def parse(command: Any, name: str, argv: list[str]) -> argparse.Namespace | None:

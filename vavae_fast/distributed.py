@@ -1,11 +1,16 @@
 """Ranks and collectives. One process needs no process group; `torchrun` gives several, over NCCL or gloo."""
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class World:
             dist.destroy_process_group()
 
 
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to end this process when its parent ends, so that a killed launcher leaves no orphan."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def open_world() -> World:
     """Join the process group that the launcher prepared, or none. CUDA when there is one, else CPU."""
     size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -52,6 +63,7 @@ def open_world() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
+        die_with_parent()
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:

@@ -44,8 +44,9 @@ def lightningdit(config: LightningDiTConfig) -> LightningDiT:
 
 
 def transport(config: TransportConfig, fused: bool, use_lognorm: bool | None = None) -> Transport:
-    """The transport of a config; `use_lognorm` overrides the config's."""
+    """The transport of a config; `use_lognorm` overrides the config's. The fused loss is that of the linear path and velocity."""
     c = config
+    fused = fused and c.path_type == "Linear" and c.prediction == "velocity"
     return create_transport(
         c.path_type, c.prediction, c.loss_weight, c.train_eps, c.sample_eps, use_cosine_loss=c.use_cosine_loss,
         use_lognorm=c.use_lognorm if use_lognorm is None else use_lognorm, partitial_train=c.partitial_train,

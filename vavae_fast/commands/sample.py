@@ -150,7 +150,7 @@ def run(plan: SamplePlan) -> Path:
     from vavae_fast.distributed import open_world
 
     if (plan.out / "manifest.json").is_file():
-        print(f"sample  {plan.out}: already complete")
+        print(f"{plan.out.name}  {plan.out}: already complete")
         return plan.out
     world = open_world()
     try:
@@ -211,7 +211,7 @@ def _draw(plan: SamplePlan, world) -> None:
         now = time.perf_counter() - started
         if world.main and (now - said > 10 or drawn == len(wanted)):
             left = (len(wanted) - drawn) * now / drawn
-            print(f"sample  {drawn}/{len(wanted)}  {drawn / now:.1f} img/s  ETA {readable_time(left)}", flush=True)
+            print(f"{plan.out.name}  {drawn}/{len(wanted)}  {drawn / now:.1f} img/s  ETA {readable_time(left)}", flush=True)
             said = now
 
 
@@ -240,7 +240,7 @@ def _assemble(plan: SamplePlan) -> None:
     facts = artifacts.manifest("samples", facts=plan.facts, sha256=artifacts.sha256(plan.out / "samples.npz"))
     artifacts.write_json(plan.out / "manifest.json", facts)
     shutil.rmtree(plan.out / "parts")
-    print(f"sample  {plan.num} images: {plan.out / 'samples.npz'}, {plan.out / 'samples.png'}")
+    print(f"{plan.out.name}  {plan.num} images: {plan.out}")
 
 
 def write_samples(path: Path, shape: tuple[int, ...], batches: Iterator[Any], labels: Any) -> None:

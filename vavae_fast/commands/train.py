@@ -133,7 +133,7 @@ def _run(plan: TrainPlan, world) -> Path:
 
     config = plan.config
     c = config.train
-    log = RunLog(plan.folder if world.main else None, "train", tuple(config.log.to))
+    log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
     state = _state(plan, world, log)
     start = resume(state, plan.folder / "checkpoints", log)
     log.forget_after(start)

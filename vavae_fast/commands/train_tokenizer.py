@@ -135,7 +135,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
 
     config = plan.config
     c = config.train
-    log = RunLog(plan.folder if world.main else None, "tokenizer", tuple(config.log.to))
+    log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
     state = _state(plan, world, log)
     start = resume(state, plan.folder / "checkpoints", log)
     log.forget_after(start)

@@ -1,0 +1,145 @@
+"""The whole pipeline on 1,797 handwritten digits: VA-VAE, latents, LightningDiT, samples, scores, a page to look at.
+
+Three arms with one budget show the paper's point in miniature: latents without VF alignment, with it, and with an
+untrained encoder as control. Every stage is the command of that name; only the pretrained networks are stand-ins.
+"""
+
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from vavae_fast import artifacts
+from vavae_fast.commands.demo_stages import (
+    ARMS,
+    SAMPLES,
+    DemoPlan,
+    Timeline,
+    make_encoders,
+    make_perceptual,
+    train_arm_dit,
+    train_arm_tokenizer,
+)
+from vavae_fast.config import LightningDiTConfig, TokenizerConfig, load_config
+from vavae_fast.errors import BadInput, require
+
+EXAMPLE = "vavae-fast demo --out runs/demo"
+
+def arguments(parser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default runs/demo)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--configs", type=Path, help="folder of demo.yaml and demo_tokenizer.yaml; default: configs/ of the checkout")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs; the numbers mean nothing")
+
+
+def plan(config: None, args) -> DemoPlan:
+    """Configs and folder; on a CPU one process a core, up to three, on a GPU one."""
+    configs = args.configs or Path(__file__).parents[2] / "configs"
+    for name in ("demo.yaml", "demo_tokenizer.yaml"):
+        if not (configs / name).is_file():
+            raise BadInput(f"{configs / name}: no such file; run the demo from a checkout, or give its folder with --configs")
+    require(args.seed >= 0, "--seed", args.seed, "0 or more")
+    tokenizer = load_config(configs / "demo_tokenizer.yaml", kind=TokenizerConfig)
+    dit = load_config(configs / "demo.yaml", kind=LightningDiTConfig)
+    artifacts.require_writable(args.out)
+    artifacts.require_space(args.out, 200 << 20)
+    if (args.out / "manifest.json").is_file():
+        raise BadInput(f"{args.out}: holds a finished demo; remove it, or choose another --out")
+    import torch
+
+    processes = 1 if torch.cuda.is_available() else max(1, min(3, len(os.sched_getaffinity(0))))
+    if args.quick:
+        return DemoPlan(args.out, args.seed, configs, 4, (2, 4), 40, (2, 2), processes)
+    few, more = dit.train.ckpt_every, dit.train.max_steps
+    return DemoPlan(args.out, args.seed, configs, tokenizer.train.max_steps, (few, more), SAMPLES, (250, 250), processes)
+
+
+def run(plan: DemoPlan) -> Path:
+    """Make the stand-ins, run the arms side by side, judge, write the page."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    timeline = Timeline()
+    print(f"demo  {plan.out}: {len(ARMS)} arms, {plan.processes} process(es)", flush=True)
+    with ProcessPoolExecutor(plan.processes, mp_context=get_context("spawn"), initializer=_one_thread, initargs=(plan.processes,)) as pool:
+        _run_graph(pool, _tasks(plan), timeline)
+    from vavae_fast.commands.demo_judge import judge, table, verdict
+    from vavae_fast.commands.demo_page import write_page
+
+    metrics = judge(plan, timeline)
+    write_page(plan, metrics, timeline)
+    seconds = time.perf_counter() - timeline.started
+    artifacts.write_json(plan.out / "manifest.json", artifacts.manifest("demo", seed=plan.seed, budgets=plan.budgets, seconds=seconds))
+    print(_text_table(table(plan, metrics)))
+    print("\n".join(verdict(plan, metrics)))
+    print(f"demo  done in {seconds:.0f} s; open {plan.out / 'report.html'}", flush=True)
+    return plan.out
+
+
+def _text_table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+
+
+# -- what runs when --------------------------------------------------------------------------------------------------
+
+Task = tuple[str, tuple[str, ...], Any, tuple]  # name, names it waits for, function, its arguments
+
+
+def _tasks(plan: DemoPlan) -> list[Task]:
+    """Stand-ins, then tokenizer and LightningDiT of each arm; in the order in which they are to start."""
+    tasks: list[Task] = [
+        ("perceptual", (), make_perceptual, (plan,)),
+        ("encoders", (), make_encoders, (plan,)),
+    ]
+    for arm in ARMS:
+        needs = ("perceptual",) if arm == "no-vf" else ("perceptual", "encoders")
+        tasks.append((f"{arm}/tokenizer", needs, train_arm_tokenizer, (plan, arm)))
+    return tasks + [(f"{arm}/lightningdit", (f"{arm}/tokenizer",), train_arm_dit, (plan, arm)) for arm in ARMS]
+
+
+def _run_graph(pool: ProcessPoolExecutor, tasks: list[Task], timeline: Timeline) -> None:
+    """Start each task when what it waits for is done and a process is free; the first failure ends all."""
+    waiting, running, done = list(tasks), {}, set()
+    while waiting or running:
+        for task in [t for t in waiting if set(t[1]) <= done]:
+            waiting.remove(task)
+            future: Future = pool.submit(_timed, task[0], task[2], task[3])
+            running[future] = task[0]
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            name = running.pop(future)
+            try:
+                timeline.add(future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            done.add(name)
+
+
+def _one_thread(processes: int) -> None:
+    """Several processes with a thread each use small models' cores better than one process with several threads."""
+    import torch
+
+    from vavae_fast.distributed import die_with_parent
+
+    die_with_parent()
+    if processes > 1:
+        torch.set_num_threads(1)
+
+
+def _timed(name: str, function: Any, arguments: tuple) -> dict[str, Any]:
+    import resource
+
+    started = time.perf_counter()
+    function(*arguments)
+    seconds = time.perf_counter() - started
+    print(f"demo  {name} done in {seconds:.0f} s", flush=True)
+    return dict(stage=name, seconds=seconds, memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+
+
+def _command(*argv: str) -> None:
+    """One command line, in this process; a failure ends the demo with its line."""
+    from vavae_fast.cli import run_command
+
+    run_command(list(argv))

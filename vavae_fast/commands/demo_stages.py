@@ -1,0 +1,122 @@
+"""The demo's arms, what each stage of one does, and where it leaves its files. Every stage is the command of that name."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARMS = {"no-vf": "without VF alignment", "vf": "aligned with a self-supervised stand-in", "random": "aligned with an untrained encoder (control)"}
+SHOWN = "vf"  # whose samples are samples.npz
+TRAIN, TEST = "builtin:digits/train", "builtin:digits/test"
+SAMPLES = 500
+GUIDANCE = {"unguided": 1.0, "guided": None}  # None: the config's cfg_scale
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """The two configs, and how much of each."""
+
+    out: Path
+    seed: int
+    configs: Path
+    tokenizer_steps: int
+    budgets: tuple[int, int]  # DiT steps: few, more
+    samples: int
+    standin_steps: tuple[int, int]  # encoder, perceptual
+    processes: int
+
+    def describe(self) -> str:
+        few, more = self.budgets
+        return (
+            f"arms       {', '.join(ARMS)}\n"
+            f"tokenizer  {self.tokenizer_steps} steps an arm; LightningDiT {few} and {more} steps; {self.samples} samples each\n"
+            f"run        {self.out}, {self.processes} process(es)\nnothing was written"
+        )
+
+
+@dataclass
+class Timeline:
+    """Seconds and peak memory of every stage, as they finish."""
+
+    started: float = field(default_factory=time.perf_counter)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.stages.append(result)
+
+
+def make_perceptual(plan: DemoPlan) -> None:
+    """The stand-in for VGG's LPIPS: a small classifier of digits."""
+    from vavae_fast.models.standins import save_standin
+    from vavae_fast.training.standins import train_perceptual
+
+    pixels, labels = _training_digits()
+    network = train_perceptual(pixels, labels, plan.seed, plan.standin_steps[1], device=_device(), progress=_progress("perceptual stand-in"))
+    save_standin(network, plan.out / "perceptual.safetensors")
+
+
+def make_encoders(plan: DemoPlan) -> None:
+    """The stand-in for DINOv2, trained without labels, and the same network untrained."""
+    from vavae_fast.models.standins import save_standin
+    from vavae_fast.training.standins import random_encoder, train_encoder
+
+    pixels, _ = _training_digits()
+    trained = train_encoder(pixels, plan.seed, plan.standin_steps[0], device=_device(), progress=_progress("encoder stand-in"))
+    save_standin(trained, plan.out / "encoder-vf.safetensors")
+    save_standin(random_encoder(pixels, plan.seed), plan.out / "encoder-random.safetensors")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _training_digits():
+    from vavae_fast.data import open_images
+
+    images = open_images(TRAIN, size=16)
+    return images.read(range(len(images))), images.labels
+
+
+def _progress(name: str):
+    """A line every ten seconds."""
+    said = time.perf_counter()
+
+    def say(step: int, steps: int, loss: float) -> None:
+        nonlocal said
+        if time.perf_counter() - said > 10:
+            said = time.perf_counter()
+            print(f"{name}  step {step}/{steps}  loss {loss:.3f}", flush=True)
+
+    return say
+
+
+def train_arm_tokenizer(plan: DemoPlan, arm: str) -> None:
+    """vavae-fast train-tokenizer, then extract."""
+    config = str(plan.configs / "demo_tokenizer.yaml")
+    vf = ["model.params.use_vf=null"] if arm == "no-vf" else [f"foundation.standin={plan.out / f'encoder-{arm}.safetensors'}"]
+    shared = [*vf, f"perceptual.standin={plan.out / 'perceptual.safetensors'}", f"data.path={TRAIN}"]
+    run = [f"train.output_dir={plan.out}", f"train.exp_name=tokenizer-{arm}", f"train.global_seed={plan.seed}"]
+    steps = [f"train.max_steps={plan.tokenizer_steps}", f"train.ckpt_every={plan.tokenizer_steps}"]
+    _command("train-tokenizer", "--config", config, *shared, *run, *steps)
+    _command("extract", "--config", config, "--checkpoint", str(plan.out / f"tokenizer-{arm}"), "--images", TRAIN,
+             "--out", str(plan.out / f"latents-{arm}"), "--seed", str(plan.seed))  # fmt: skip
+
+
+def train_arm_dit(plan: DemoPlan, arm: str) -> None:
+    """vavae-fast train up to each budget, and sample from its EMA weights."""
+    config, folder = str(plan.configs / "demo.yaml"), plan.out / f"lightningdit-{arm}"
+    few, more = plan.budgets
+    data = [f"data.data_path={plan.out / f'latents-{arm}'}", f"vae.ckpt_path={plan.out / f'tokenizer-{arm}'}"]
+    run = [f"train.output_dir={plan.out}", f"train.exp_name={folder.name}", f"train.global_seed={plan.seed}"]
+    _command("train", "--config", config, *data, *run, f"train.max_steps={more}", f"train.ckpt_every={few}")
+    for budget in plan.budgets:
+        for name, scale in GUIDANCE.items():
+            guidance = [] if scale is None else [f"sample.cfg_scale={scale}"]
+            _command("sample", "--config", config, *data, *run, *guidance, "--checkpoint", str(folder / "checkpoints" / f"step_{budget:08d}"),
+                     "--num", str(plan.samples), "--seed", str(plan.seed), "--out", str(samples_folder(plan, arm, budget, name)))  # fmt: skip
+
+
+def samples_folder(plan: DemoPlan, arm: str, budget: int, guidance: str) -> Path:
+    return plan.out / f"samples-{arm}-{budget}-{guidance}"
