@@ -73,7 +73,7 @@ def _norm_kind(module: nn.Module) -> str | None:
     return "layer" if isinstance(module, nn.LayerNorm) else None
 
 
-def _lacking(module: nn.Module, children: Iterable[str], harmless: Iterable[str] = ()) -> str | None:
+def _lacking(module: nn.Module, children: Iterable[str]) -> str | None:
     """A reason if `module` lacks one of `children`, or has others that do something."""
     own = dict(module.named_children())
     for name in children:
@@ -81,7 +81,7 @@ def _lacking(module: nn.Module, children: Iterable[str], harmless: Iterable[str]
             return f"it has no {name}"
     for name in own.keys() - set(children):
         idle = isinstance(own[name], nn.Identity) or (isinstance(own[name], nn.Dropout) and own[name].p == 0)
-        if name not in harmless and not idle:
+        if not idle:
             return f"its {name} ({type(own[name]).__name__}) is not part of the fused form"
     return None
 

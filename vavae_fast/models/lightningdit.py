@@ -386,24 +386,21 @@ def activation_bytes_per_image(model_or_config: LightningDiT | dict, precision: 
     """
     require(precision in ("bf16", "fp32"), "precision", precision, "bf16 or fp32")
     one, two = (_saved_bytes(model_or_config, depth, 2, precision) - _saved_bytes(model_or_config, depth, 1, precision) for depth in (1, 2))
-    config, block = _config(model_or_config), two - one
-    model_depth, outside = config["depth"], one - block
-    if not checkpointing:
-        return outside + model_depth * block
+    block = two - one
+    outside = one - block
     with torch.device("meta"):
-        stream = _build(config, depth=1).pos_embed.numel()
+        model = _build(model_or_config)
+    if not checkpointing:
+        return outside + model.depth * block
     fp32, narrow = 4, 2 if precision == "bf16" else 4
-    block_input = stream * (fp32 + narrow if config.get("fused") else fp32)  # the residual; the fused chain carries y beside it
-    return outside + model_depth * block_input + block
-
-
-def _config(model_or_config: LightningDiT | dict) -> dict:
-    return model_or_config.config if isinstance(model_or_config, LightningDiT) else model_or_config
+    block_input = model.pos_embed.numel() * (fp32 + narrow if model.fused else fp32)  # the residual; the fused chain carries y beside it
+    return outside + model.depth * block_input + block
 
 
 def _build(model_or_config: LightningDiT | dict, **changes) -> LightningDiT:
     """The same model anew, on the default device of the moment."""
-    return LightningDiT(**{**_config(model_or_config), **changes})
+    config = model_or_config.config if isinstance(model_or_config, LightningDiT) else model_or_config
+    return LightningDiT(**{**config, **changes})
 
 
 def _inputs(model: LightningDiT, batch: int) -> tuple[Tensor, Tensor, Tensor]:
