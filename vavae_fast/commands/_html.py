@@ -18,8 +18,8 @@ import numpy as np
 
 Point = tuple[float, float | None]
 _COLOURS = 10
-_WIDTH, _HEIGHT = 520, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 30, 42  # margins of the plot's area
+_WIDTH, _HEIGHT = 520, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 42  # margins of the plot's area
 _MOST_POINTS = 600  # of one line: a page of a long run stays small
 
 
@@ -204,14 +204,13 @@ def _plot(title: str, x_axis: _Axis, y_axis: _Axis, marks: Sequence[str], names:
     words = [f'<text class="tick" x="{x_axis.place(v):.1f}" y="{bottom + 15}" text-anchor="middle">{_tick(v)}</text>' for v in x_axis.ticks()]
     words += [f'<text class="tick" x="{left - 6}" y="{y_axis.place(v) + 4:.1f}" text-anchor="end">{_tick(v)}</text>' for v in y_axis.ticks()]
     words.append(f'<text class="tick" x="{(left + right) / 2:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    words.append(f'<text class="title" x="{left}" y="18">{escape(title)}</text>')
     frame = f'<path class="frame" d="M{left},{top}V{bottom}H{right}"/>'
     key = "".join(f'<span><i class="s{n % _COLOURS}"></i>{escape(name)}</span>' for n, name in enumerate(names))
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"{''.join(grid)}{frame}{''.join(marks)}{''.join(words)}</svg>"
     )
-    return f'<div class="plot">{svg}<p class="key">{key}</p></div>'
+    return f'<div class="plot"><p class="title">{escape(title)}</p>{svg}<p class="key">{key}</p></div>'
 
 
 def _tick(value: float) -> str:
@@ -236,7 +235,7 @@ def _style() -> str:
         "th{font-weight:600}tbody th{font-weight:400;color:var(--soft)}td.n{text-align:right}"
         ".plot{display:inline-block;width:100%;max-width:33rem;vertical-align:top;margin:0 1rem 1rem 0}svg{width:100%;height:auto;display:block}"
         ".grid{stroke:var(--edge);stroke-width:.6}.frame{fill:none;stroke:var(--soft)}.line{fill:none;stroke-width:1.6;stroke-linejoin:round}"
-        ".dashed{stroke-dasharray:5 3}.tick{font-size:11px;fill:var(--soft)}.title{font-size:13px;font-weight:600;fill:var(--ink)}"
+        ".dashed{stroke-dasharray:5 3}.tick{font-size:11px;fill:var(--soft)}.title{margin:0;font-size:.88rem;font-weight:600}"
         ".key{margin:.2rem 0 0;font-size:.82rem;color:var(--soft)}.key span{margin-right:1rem;white-space:nowrap}"
         ".key i{display:inline-block;width:.9em;height:.55em;margin-right:.35em;border-radius:2px}"
         "figure{display:inline-block;margin:0 1.5rem 1rem 0;vertical-align:top}figcaption{font-size:.85rem;color:var(--soft);max-width:33rem}"
