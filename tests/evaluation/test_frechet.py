@@ -45,6 +45,14 @@ def test_commuting_covariances(rank):
     assert found == pytest.approx(diagonal_distance(m1, v1, m2, v2), rel=1e-11)
 
 
+def test_small_variances_beside_a_singular_block():
+    """Relative to the block their eigenvalues are below rounding; what they add to the trace, sqrt(1e-17) each, is not."""
+    s1, m = np.diag([1.0, 1, 1e-17, 1e-17, 1e-17]), np.zeros(5)
+    s1[:2, :2] = 1
+    exact = (2 + 3e-17) + 5 - 2 * (2**0.5 + 3 * 1e-17**0.5)
+    assert frechet_distance(m, s1, m, np.eye(5)) == pytest.approx(exact, rel=1e-13)
+
+
 @pytest.mark.parametrize("n1, n2", [(10, 12), (10, 500), (500, 10), (2, 2)])
 def test_fewer_rows_than_dimensions(n1, n2):
     """Rank-deficient: tr (S1 S2)^1/2 is the nuclear norm of X1 X2^T / sqrt((n1 - 1)(n2 - 1)), X centred data."""

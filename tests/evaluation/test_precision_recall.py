@@ -55,6 +55,16 @@ def test_border_far_from_the_origin():
     assert precision_recall(pair, mirrored, 1) == brute_force(pair, mirrored, 1)
 
 
+def test_nearest_where_products_cannot_tell():
+    """Neighbours 1e-6 away between clusters 1e6 apart: the products' rounding is 1e-4, so only direct sums find the order."""
+    rng = np.random.default_rng(2)
+    clusters = np.repeat(rng.standard_normal((20, 3)) * 1e6, 4, axis=0)
+    points = torch.from_numpy(clusters + rng.standard_normal((80, 3)) * 1e-6)
+    squared, index = distances.nearest(points, points, k=1, skip_self=True)
+    between = (points[:, None] - points[None]).square().sum(-1).fill_diagonal_(float("inf"))
+    assert torch.equal(squared[:, 0], between.amin(1)) and torch.equal(index[:, 0], between.argmin(1))
+
+
 def test_copies_count_as_neighbours():
     """With a copy of each point the first neighbour is at distance 0, so k = 1 balls hold nothing but their centre."""
     points = np.arange(5.0)[:, None]
