@@ -1,18 +1,17 @@
-"""The command line: a table of commands. Parses, loads the config, plans, and runs the plan.
+"""The command line: a table of commands, and what becomes of errors.
 
-`plan` validates everything and writes nothing, so `--dry-run` prints it. Exit status: 0 done; 2 bad input, one line on
-stderr; 1 a fault of ours, with traceback; 130 interrupted. Nothing here imports torch.
+Exit status: 0 done; 2 bad input, one line on stderr; 1 a fault of ours, with traceback; 130 interrupted. Nothing here
+imports torch.
 """
 
-import argparse
+import difflib
 import errno
-import importlib
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
 
 from vavae_fast import __version__
+from vavae_fast.commands.invoke import run_command
 from vavae_fast.errors import BadInput
 
 COMMANDS = {
@@ -31,11 +30,6 @@ COMMANDS = {
 # Of the user's file system, not of ours: one line, status 2.
 _USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
                errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP}  # fmt: skip
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,67 +67,10 @@ def _main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"vavae-fast {__version__}")
         return 0
-    run_command(argv)
+    if argv[0] not in COMMANDS:
+        raise BadInput(f"no command {argv[0]!r}{_nearest(argv[0])}; commands: {', '.join(COMMANDS)}")
+    run_command(argv[0], argv[1:])
     return 0
-
-
-def run_command(argv: list[str]) -> None:
-    """One command, its errors as exceptions: what `main` calls, and what runs a stage inside another program."""
-    name = argv[0]
-    if name not in COMMANDS:
-        raise BadInput(f"no command {name!r}{_nearest(name)}; commands: {', '.join(COMMANDS)}")
-    command = importlib.import_module("vavae_fast.commands." + name.replace("-", "_"))
-    args = parse(command, name, argv[1:])
-    if args is None:
-        return
-    config = _config(command, args)
-    if args.print_config:
-        from vavae_fast.config import to_yaml
-
-        print(to_yaml(config), end="")
-        return
-    plan = command.plan(config, args)
-    if args.dry_run:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(plan.describe())
-        return
-    command.run(plan)
-
-
-def parse(command: Any, name: str, argv: list[str]) -> argparse.Namespace | None:
-    """The command's arguments beside those of every command; None when --help was asked for and printed."""
-    parser = _Parser(prog=f"vavae-fast {name}", description=command.__doc__, epilog=f"example:\n  {command.EXAMPLE}", add_help=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
-    if hasattr(command, "CONFIG"):
-        parser.add_argument("--config", metavar="FILE", required=True, help="YAML file; the reference's own run unchanged")
-    command.arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="validate everything, print what would be done, write nothing")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and leave")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("-h", "--help", action="store_true", help="show this and leave")
-    if hasattr(command, "CONFIG"):
-        parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override config keys; values are YAML")
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return None
-    known, rest = parser.parse_known_args(argv)
-    if rest:
-        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-        if len(overrides) != len(rest) or not hasattr(command, "CONFIG"):
-            wrong = next(word for word in rest if word not in overrides or not hasattr(command, "CONFIG"))
-            parser.error(f"unknown argument {wrong}")
-        known.overrides += overrides
-    return known
-
-
-def _config(command: Any, args: argparse.Namespace) -> Any:
-    if not hasattr(command, "CONFIG"):
-        if args.print_config:
-            raise BadInput("this command takes no config")
-        return None
-    from vavae_fast.config import load_config
-
-    return load_config(args.config, tuple(args.overrides), kind=command.CONFIG)
 
 
 def _overview() -> str:
@@ -148,8 +85,6 @@ def _overview() -> str:
 
 
 def _nearest(name: str) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     return f", did you mean {close[0]}?" if close else ""
 

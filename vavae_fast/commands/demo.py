@@ -27,6 +27,7 @@ from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast demo --out runs/demo"
 
+
 def arguments(parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
@@ -45,8 +46,6 @@ def plan(config: None, args) -> DemoPlan:
     dit = load_config(configs / "demo.yaml", kind=LightningDiTConfig)
     artifacts.require_writable(args.out)
     artifacts.require_space(args.out, 200 << 20)
-    if (args.out / "manifest.json").is_file():
-        raise BadInput(f"{args.out}: holds a finished demo; remove it, or choose another --out")
     import torch
 
     processes = 1 if torch.cuda.is_available() else max(1, min(3, len(os.sched_getaffinity(0))))
@@ -59,7 +58,7 @@ def plan(config: None, args) -> DemoPlan:
 def run(plan: DemoPlan) -> Path:
     """Make the stand-ins, run the arms side by side, judge, write the page."""
     plan.out.mkdir(parents=True, exist_ok=True)
-    timeline = Timeline()
+    timeline = Timeline()  # of a demo that continues: of what was still to do
     print(f"demo  {plan.out}: {len(ARMS)} arms, {plan.processes} process(es)", flush=True)
     with ProcessPoolExecutor(plan.processes, mp_context=get_context("spawn"), initializer=_one_thread, initargs=(plan.processes,)) as pool:
         _run_graph(pool, _tasks(plan), timeline)
@@ -136,10 +135,3 @@ def _timed(name: str, function: Any, arguments: tuple) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     print(f"demo  {name} done in {seconds:.0f} s", flush=True)
     return dict(stage=name, seconds=seconds, memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-
-
-def _command(*argv: str) -> None:
-    """One command line, in this process; a failure ends the demo with its line."""
-    from vavae_fast.cli import run_command
-
-    run_command(list(argv))

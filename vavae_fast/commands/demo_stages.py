@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vavae_fast.commands.invoke import run_command
+
 ARMS = {"no-vf": "without VF alignment", "vf": "aligned with a self-supervised stand-in", "random": "aligned with an untrained encoder (control)"}
 SHOWN = "vf"  # whose samples are samples.npz
 TRAIN, TEST = "builtin:digits/train", "builtin:digits/test"
@@ -46,7 +48,9 @@ class Timeline:
 
 
 def make_perceptual(plan: DemoPlan) -> None:
-    """The stand-in for VGG's LPIPS: a small classifier of digits."""
+    """The stand-in for VGG's LPIPS: a small classifier of digits. Kept when it is there."""
+    if (plan.out / "perceptual.safetensors").is_file():
+        return
     from vavae_fast.models.standins import save_standin
     from vavae_fast.training.standins import train_perceptual
 
@@ -56,7 +60,9 @@ def make_perceptual(plan: DemoPlan) -> None:
 
 
 def make_encoders(plan: DemoPlan) -> None:
-    """The stand-in for DINOv2, trained without labels, and the same network untrained."""
+    """The stand-in for DINOv2, trained without labels, and the same network untrained. Kept when they are there."""
+    if (plan.out / "encoder-random.safetensors").is_file():
+        return
     from vavae_fast.models.standins import save_standin
     from vavae_fast.training.standins import random_encoder, train_encoder
 
@@ -99,9 +105,9 @@ def train_arm_tokenizer(plan: DemoPlan, arm: str) -> None:
     shared = [*vf, f"perceptual.standin={plan.out / 'perceptual.safetensors'}", f"data.path={TRAIN}"]
     run = [f"train.output_dir={plan.out}", f"train.exp_name=tokenizer-{arm}", f"train.global_seed={plan.seed}"]
     steps = [f"train.max_steps={plan.tokenizer_steps}", f"train.ckpt_every={plan.tokenizer_steps}"]
-    _command("train-tokenizer", "--config", config, *shared, *run, *steps)
-    _command("extract", "--config", config, "--checkpoint", str(plan.out / f"tokenizer-{arm}"), "--images", TRAIN,
-             "--out", str(plan.out / f"latents-{arm}"), "--seed", str(plan.seed))  # fmt: skip
+    run_command("train-tokenizer", ["--config", config, *shared, *run, *steps])
+    trained, out = str(plan.out / f"tokenizer-{arm}"), str(plan.out / f"latents-{arm}")
+    run_command("extract", ["--config", config, "--checkpoint", trained, "--images", TRAIN, "--out", out, "--seed", str(plan.seed)])
 
 
 def train_arm_dit(plan: DemoPlan, arm: str) -> None:
@@ -110,12 +116,13 @@ def train_arm_dit(plan: DemoPlan, arm: str) -> None:
     few, more = plan.budgets
     data = [f"data.data_path={plan.out / f'latents-{arm}'}", f"vae.ckpt_path={plan.out / f'tokenizer-{arm}'}"]
     run = [f"train.output_dir={plan.out}", f"train.exp_name={folder.name}", f"train.global_seed={plan.seed}"]
-    _command("train", "--config", config, *data, *run, f"train.max_steps={more}", f"train.ckpt_every={few}")
+    run_command("train", ["--config", config, *data, *run, f"train.max_steps={more}", f"train.ckpt_every={few}"])
     for budget in plan.budgets:
         for name, scale in GUIDANCE.items():
             guidance = [] if scale is None else [f"sample.cfg_scale={scale}"]
-            _command("sample", "--config", config, *data, *run, *guidance, "--checkpoint", str(folder / "checkpoints" / f"step_{budget:08d}"),
-                     "--num", str(plan.samples), "--seed", str(plan.seed), "--out", str(samples_folder(plan, arm, budget, name)))  # fmt: skip
+            checkpoint, out = folder / "checkpoints" / f"step_{budget:08d}", samples_folder(plan, arm, budget, name)
+            drawn = ["--checkpoint", str(checkpoint), "--num", str(plan.samples), "--seed", str(plan.seed), "--out", str(out)]
+            run_command("sample", ["--config", config, *data, *run, *guidance, *drawn])
 
 
 def samples_folder(plan: DemoPlan, arm: str, budget: int, guidance: str) -> Path:
