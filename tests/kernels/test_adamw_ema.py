@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+
 from vavae_kernels import AdamWEMA
 from vavae_kernels.ops import adamw_ema
 

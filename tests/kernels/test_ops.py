@@ -5,9 +5,10 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-import vavae_kernels
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+
+import vavae_kernels
 from vavae_kernels import (
     flow_interpolate,
     flow_loss,

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vavae_kernels import patch, patching
-from vavae_kernels.patching import PATCHES
 
 from vavae_fast.models import LightningDiT
+from vavae_kernels import patch, patching
+from vavae_kernels.patching import PATCHES
 
 D, H, N = 32, 4, 9
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import vavae_kernels
 from torch import Tensor, nn
+
+import vavae_kernels
 
 _EPS = 1e-6
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from vavae_kernels import gate_add_norm_modulate, norm_modulate
 
 from vavae_fast.errors import BadInput, require
 from vavae_fast.models.lightningdit_layers import (
@@ -31,6 +30,7 @@ from vavae_fast.models.lightningdit_layers import (
     sincos_positions,
     token_norm,
 )
+from vavae_kernels import gate_add_norm_modulate, norm_modulate
 
 _WIDTHS = {  # depth, hidden_size, num_heads
     "S": (12, 384, 6),

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from vavae_kernels import qk_norm_rope_attention, swiglu
 
 
