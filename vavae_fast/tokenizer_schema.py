@@ -22,6 +22,7 @@ class TokenizerLossConfig:
     disc_factor: float = 1.0
     disc_num_layers: int = 3
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
+    disc_ndf: int = 64  # ours: channels of the discriminator's first layer
     vf_weight: float | None = None
     adaptive_vf: bool = False
     vf_loss_type: str | None = None  # read by no code of the reference either
@@ -39,7 +40,8 @@ class TokenizerLossConfig:
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("vf_weight", "distmat_margin", "cos_margin", "distmat_weight", "cos_weight"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        require(self.disc_num_layers > 0, "disc_num_layers", self.disc_num_layers, "above 0")
+        for key in ("disc_num_layers", "disc_ndf"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)

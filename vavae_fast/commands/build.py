@@ -152,8 +152,8 @@ def trained_lightningdit(config: LightningDiTConfig, checkpoint: str | None, whi
 
 
 def discriminator(config: TokenizerConfig) -> PatchDiscriminator:
-    d = config.model.params.ddconfig
-    return PatchDiscriminator(in_channels=d.out_ch, n_layers=config.model.params.lossconfig.params.disc_num_layers)
+    loss = config.model.params.lossconfig.params
+    return PatchDiscriminator(config.model.params.ddconfig.out_ch, loss.disc_ndf, loss.disc_num_layers)
 
 
 def loss_weights(config: TokenizerConfig) -> LossWeights:
