@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vavae_fast.data.order import batch_positions, check_shares, checked_indices, flips, micro_batches, sample_order
-from vavae_fast.data.prefetch import ahead
+from vavae_fast.data.order import RunOrder, batch_positions, check_shares, checked_indices, flips, micro_batches, sample_order
+from vavae_fast.data.prefetch import Buffers, ahead
 from vavae_fast.errors import BadInput
 
 
@@ -25,6 +25,14 @@ def test_order_is_a_function_of_the_position_alone():
     whole = sample_order(1, positions, 37)
     chosen = np.array([499, 0, 36, 37, 38, 200])
     assert np.array_equal(sample_order(1, chosen, 37), whole[chosen])
+
+
+@pytest.mark.parametrize("n", [5, 37, 50_000])
+def test_blocks_do_not_show(n):
+    order = RunOrder(3, n)
+    for positions in (np.arange(0, 7), np.arange(4 * n - 3, 4 * n + 5), np.arange((1 << 14) - 3, (1 << 14) + 5), np.array([0, 10**9])):
+        indices, mirrored = order(positions)
+        assert np.array_equal(indices, sample_order(3, positions, n)) and np.array_equal(mirrored, flips(3, positions))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -84,3 +92,15 @@ def test_closing_ahead_stops_the_work():
     count = len(made)
     time.sleep(0.02)
     assert len(made) == count <= 6
+
+
+def test_memory_is_lent_again_only_when_no_view_is_left():
+    buffers = Buffers((2, 3))
+    first = buffers.take()
+    view = first.fill_(1.0)[1:]
+    del first
+    second = buffers.take().fill_(2.0)
+    assert (view == 1.0).all()
+    place = second.data_ptr()
+    del second
+    assert buffers.take().data_ptr() == place

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vavae_fast.data.images import ImageBatch, Images
 from vavae_fast.data.latents import Latents
-from vavae_fast.data.order import check_shares, flips, micro_batches, sample_order
-from vavae_fast.data.prefetch import ahead
+from vavae_fast.data.order import RunOrder, check_shares, micro_batches
+from vavae_fast.data.prefetch import Buffers, ahead
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class LatentStream:
     ):
         self.latents, self.seed, self.share, self.flip, self.threads = latents, seed, share, flip, threads
         self.device, self.multiplier = torch.device(device), multiplier
+        self._order = RunOrder(seed, len(latents))
+        self._buffers = Buffers((share.micro, *latents.shape))
         self._mean = latents.mean.to(self.device) if latent_norm else None
         self._std = latents.std.to(self.device) if latent_norm else None
 
@@ -82,11 +84,10 @@ class LatentStream:
             yield batch if on_cpu else self._normalised(batch)
 
     def _read(self, positions: np.ndarray) -> LatentBatch:
-        indices = sample_order(self.seed, positions, len(self.latents))
-        mirrored = flips(self.seed, positions) if self.flip else False
+        indices, mirrored = self._order(positions)
         pinned = self.device.type == "cuda"
-        out = torch.empty(len(positions), *self.latents.shape, pin_memory=pinned)
-        self.latents.read(indices, mirrored, out)
+        out = torch.empty(self._buffers.shape, pin_memory=True) if pinned else self._buffers.take()
+        self.latents.read(indices, mirrored if self.flip else False, out)
         labels, index = self.latents.labels[indices], torch.from_numpy(positions)
         if pinned:
             return LatentBatch(out, labels.pin_memory(), index.pin_memory())
@@ -111,16 +112,16 @@ class ImageStream:
 
     def __init__(self, images: Images, seed: int, share: Share, flip: bool = False):
         self.images, self.seed, self.share, self.flip = images, seed, share, flip
+        self._order = RunOrder(seed, len(images))
 
     def batches(self, start: int = 0) -> Iterator[ImageBatch]:
         """From step `start` on, without end; close the iterator to end its threads."""
         return ahead(self._read, self.share.positions(start), depth=2)
 
     def _read(self, positions: np.ndarray) -> ImageBatch:
-        indices = sample_order(self.seed, positions, len(self.images))
+        indices, mirrored = self._order(positions)
         counters = torch.from_numpy(positions)
         pixels = self.images.read(indices, self.seed, counters if self.images.crop == "random" else None)
         if self.flip:
-            mirrored = torch.from_numpy(flips(self.seed, positions))
             pixels[mirrored] = pixels[mirrored].flip(-1)
         return ImageBatch(pixels, self.images.labels[indices], counters)
