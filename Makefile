@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# uv takes wheels from where pip is told to look.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 RUN_DEMO ?= runs/demo
 
 .PHONY: demo test lint bench clean

@@ -21,7 +21,6 @@ COMMANDS = {
     "train": "latent shards -> LightningDiT (also: torchrun train.py)",
     "sample": "LightningDiT -> images",
     "evaluate": "images -> FID, IS, precision, recall; or rFID, PSNR, SSIM, LPIPS of a tokenizer",
-    "analyze": "latents -> uniformity of their distribution (paper, Table 6)",
     "export": "a run's checkpoint -> one .safetensors or .pt file",
     "report": "a run folder -> one HTML page",
     "doctor": "what works on this machine, what is missing, how to get it",

@@ -63,9 +63,10 @@ def run(plan: DemoPlan) -> Path:
     with ProcessPoolExecutor(plan.processes, mp_context=get_context("spawn"), initializer=_one_thread, initargs=(plan.processes,)) as pool:
         _run_graph(pool, _tasks(plan), timeline)
     from vavae_fast.commands.demo_judge import judge, table, verdict
-    from vavae_fast.commands.demo_page import write_page
+    from vavae_fast.commands.demo_page import write_overview, write_page
 
     metrics = judge(plan, timeline)
+    write_overview(plan)
     write_page(plan, metrics, timeline)
     seconds = time.perf_counter() - timeline.started
     artifacts.write_json(plan.out / "manifest.json", artifacts.manifest("demo", seed=plan.seed, budgets=plan.budgets, seconds=seconds))

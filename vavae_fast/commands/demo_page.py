@@ -11,6 +11,7 @@ from vavae_fast import artifacts
 from vavae_fast.commands import demo_judge
 from vavae_fast.commands._html import figure, page, paragraph, png_grid, scatter, svg_lines, table
 from vavae_fast.commands.demo_stages import ARMS, SHOWN, TEST, TRAIN, DemoPlan, Timeline, samples_folder
+from vavae_fast.commands.sample import image_grid
 from vavae_fast.data import digits_from_images, open_images, open_latents
 from vavae_fast.evaluation import nearest_distances
 
@@ -40,6 +41,18 @@ def write_page(plan: DemoPlan, metrics: dict[str, Any], timeline: Timeline) -> P
     ]
     artifacts.write_text(plan.out / "report.html", page("vavae-fast demo", sections))
     return plan.out / "report.html"
+
+
+def write_overview(plan: DemoPlan) -> Path:
+    """<out>/overview.png: held-out digits and their reconstructions, then guided samples, a row a class."""
+    images = open_images(TEST, size=16)
+    pixels = images.read(range(20))
+    samples, labels = demo_judge.read_samples(samples_folder(plan, SHOWN, plan.budgets[1], "guided"))
+    rows = [samples[(labels == digit).nonzero()[:20, 0]] for digit in range(10)]
+    sheet = image_grid(_nhwc(torch.cat((pixels, demo_judge.reconstruct(plan, SHOWN, pixels), *rows))), columns=20, border=1)
+    with artifacts.replacing(plan.out / "overview.png") as temporary:
+        sheet.resize((2 * sheet.width, 2 * sheet.height), resample=0).save(temporary, format="PNG", optimize=True)
+    return plan.out / "overview.png"
 
 
 def _scores(plan: DemoPlan, metrics: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Train LightningDiT on latent shards. One process needs no launcher; torchrun train.py starts several."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -31,10 +31,9 @@ class TrainPlan:
     processes: int
     resumes: bool
     latents: Any  # None: still the template's placeholder, in a dry run
-    facts: dict[str, float]  # parameters, FLOPs, memory, disk
 
     def describe(self) -> str:
-        c, f = self.config, self.facts
+        c, f = self.config, predict(self.config, self.micro_batch)
         device = "GPU" if f["on_gpu"] else "process"
         data = f"{len(self.latents):,} latents {self.latents.shape}" if self.latents is not None else f"not set: {c.data.data_path}"
         epochs = f" = {c.train.max_steps * c.train.global_batch_size / len(self.latents):.1f} epochs" if self.latents is not None else ""
@@ -67,7 +66,7 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     path = None if placeholder else given_path(config.data.data_path, "data.data_path", "the folder of latents that vavae-fast extract wrote")
     if config.train.weight_init:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
-    return TrainPlan(config, folder, micro, accumulated, processes, resumes, _latents(config, path), _predict(config, micro))
+    return TrainPlan(config, folder, micro, accumulated, processes, resumes, _latents(config, path))
 
 
 def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
@@ -92,8 +91,8 @@ def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
     return latents
 
 
-def _predict(config: LightningDiTConfig, micro: int) -> dict[str, float]:
-    """Parameters, FLOPs an image, memory and disk, from the model on the meta device."""
+def predict(config: LightningDiTConfig, micro: int) -> dict[str, float]:
+    """Parameters, FLOPs an image (forward), bytes of memory and of a checkpoint, from the model on the meta device."""
     import torch
 
     from vavae_fast.commands import build
@@ -115,18 +114,13 @@ def run(plan: TrainPlan) -> Path:
     """Train to `train.max_steps`, or to a signal; returns the run folder."""
     from vavae_fast.distributed import open_world
 
-    world = open_world()
-    try:
-        if not world.main:
-            return _run(plan, world)
-        with locked(plan.folder):
-            return _run(plan, world)
-    finally:
-        world.close()
+    with open_world() as world, locked(plan.folder) if world.main else nullcontext():
+        return _run(plan, world)
 
 
 def _run(plan: TrainPlan, world) -> Path:
     from vavae_fast.data.streams import LatentStream, Share
+    from vavae_fast.models.lightningdit import parameter_count
     from vavae_fast.training.dit import dit_step
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume, train
@@ -135,12 +129,13 @@ def _run(plan: TrainPlan, world) -> Path:
     c = config.train
     log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
     state = _state(plan, world, log)
+    parameters = parameter_count(state.model)
     start = resume(state, plan.folder / "checkpoints", log)
     log.forget_after(start)
-    facts = dict(stage="LightningDiT", seed=c.global_seed, data=_data_identity(plan.latents), parameters=plan.facts["parameters"])
+    facts = dict(stage="LightningDiT", seed=c.global_seed, data=_data_identity(plan.latents), parameters=parameters)
     if world.main:
         start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
-    log.say(f"{config.model.model_type}, {plan.facts['parameters'] / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
+    log.say(f"{config.model.model_type}, {parameters / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
     stream = LatentStream(plan.latents, c.global_seed, share, config.data.latent_norm, config.data.latent_multiplier, config.data.flip, world.device)

@@ -1,7 +1,7 @@
 """Train a VA-VAE on images: reconstruction, GAN and alignment with a vision foundation model."""
 
 import math
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,8 @@ from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
 CONFIG = TokenizerConfig
+
+RECIPE_EPOCHS = 100  # of the published recipe's first stage, when a config names no length
 
 
 def arguments(parser) -> None:
@@ -32,12 +34,11 @@ class TokenizerPlan:
     max_steps: int | None  # None: a dry run without images
     resumes: bool
     images: Any
-    facts: dict[str, float]
 
     def describe(self) -> str:
-        c, f = self.config, self.facts
+        c, f = self.config, predict(self.config)
         p = c.model.params
-        steps = f"{self.max_steps:,}" if self.max_steps else f"{c.lightning.trainer.max_epochs} epochs"
+        steps = f"{self.max_steps:,}" if self.max_steps else f"{c.lightning.trainer.max_epochs or RECIPE_EPOCHS} epochs"
         data = f"{len(self.images):,} images, {len(self.images.classes)} classes" if self.images is not None else f"not set: {c.image_path}"
         return (
             f"{to_yaml(c)}\n"
@@ -72,7 +73,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
         from vavae_fast.data import open_images
 
         images = open_images(path or config.image_path, size=config.image_size, crop=config.data.crop)
-    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, _predict(config))
+    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images)
 
 
 def _builtin(path: str | None) -> bool:
@@ -95,10 +96,11 @@ def _steps(config: TokenizerConfig, images) -> int | None:
     """train.max_steps, or lightning.trainer.max_epochs passes over the images; the recipe's 100 epochs when neither is set."""
     if config.train.max_steps is not None or images is None:
         return config.train.max_steps
-    return math.ceil((config.lightning.trainer.max_epochs or 100) * len(images) / config.global_batch_size)
+    return math.ceil((config.lightning.trainer.max_epochs or RECIPE_EPOCHS) * len(images) / config.global_batch_size)
 
 
-def _predict(config: TokenizerConfig) -> dict[str, float]:
+def predict(config: TokenizerConfig) -> dict[str, float]:
+    """Parameters, FLOPs an image (forward) and bytes of a checkpoint, from the networks on the meta device."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,14 +118,8 @@ def run(plan: TokenizerPlan) -> Path:
     """Train to the last step, or to a signal; returns the run folder."""
     from vavae_fast.distributed import open_world
 
-    world = open_world()
-    try:
-        if not world.main:
-            return _run(plan, world)
-        with locked(plan.folder):
-            return _run(plan, world)
-    finally:
-        world.close()
+    with open_world() as world, locked(plan.folder) if world.main else nullcontext():
+        return _run(plan, world)
 
 
 def _run(plan: TokenizerPlan, world) -> Path:
@@ -143,7 +139,8 @@ def _run(plan: TokenizerPlan, world) -> Path:
                  image_size=config.image_size, foundation=config.model.params.use_vf)  # fmt: skip
     if world.main:
         start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
-    model = f"f{config.downsample_ratio}d{config.model.params.embed_dim}, {plan.facts['autoencoder'] / 1e6:.2f} M parameters"
+    parameters = sum(p.numel() for p in state.autoencoder.parameters())
+    model = f"f{config.downsample_ratio}d{config.model.params.embed_dim}, {parameters / 1e6:.2f} M parameters"
     log.say(f"{model}, {len(plan.images):,} images, "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)

@@ -118,8 +118,6 @@ class LatentWriter:
             moments = moments + Moments.of(rows)
         path = self._path(number)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(path.name + ".*.tmp"):
-            left.unlink(missing_ok=True)
         with replacing(path) as temporary:
             write_shard(temporary, latents, latents_flip, labels, {"plan": self.plan, "shard": number, "moments": moments.to_json()})
             self._hashes[number] = sha256(temporary)
