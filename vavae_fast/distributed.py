@@ -44,8 +44,12 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the process group together. After an error nobody waits: the others stand in another collective, for ever."""
+        if kind is None and self.size > 1 and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 

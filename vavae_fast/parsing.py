@@ -36,13 +36,18 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would read as something else."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan")))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
@@ -101,10 +106,12 @@ def _construct(loader: _Loader, node: yaml.Node, source: str, depth: int) -> Any
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, source, depth + 1) for item in node.value]
+    if node.tag.rpartition(":")[2] not in ("null", "bool", "int", "float", "str"):
+        raise BadInput(f"{where}: tag {node.tag} is not supported; write the value without it")
     try:
         return loader.construct_object(node)
-    except ValueError:
-        raise BadInput(f"{where}: cannot read {node.value!r}") from None
+    except (ValueError, KeyError):
+        raise BadInput(f"{where}: cannot read {_show(node.value)}") from None
 
 
 def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

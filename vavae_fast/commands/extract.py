@@ -108,16 +108,13 @@ def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
         return plan.out
     from vavae_fast.distributed import open_world
 
-    world = open_world()
-    try:
+    with open_world() as world:
         writer = _writer(plan.out, plan.shape, plan.images, plan.shard_size, plan.dtype, plan.facts, world.rank, world.size)
         _encode(plan, writer, world)
         world.barrier()
         if world.main:
             writer.close()
             print(f"extract  {len(plan.images):,} images: {plan.out}")
-    finally:
-        world.close()
     return plan.out
 
 

@@ -55,12 +55,10 @@ def parse(command: Any, name: str, argv: list[str]) -> argparse.Namespace | None
         parser.print_help()
         return None
     known, rest = parser.parse_known_args(argv)
-    if rest:
-        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-        if len(overrides) != len(rest) or not hasattr(command, "CONFIG"):
-            wrong = next(word for word in rest if word not in overrides or not hasattr(command, "CONFIG"))
-            parser.error(f"unknown argument {wrong}")
-        known.overrides += overrides
+    for word in rest:
+        if "=" not in word or word.startswith("-") or not hasattr(known, "overrides"):
+            parser.error(f"unknown argument {word}")
+        known.overrides.append(word)
     return known
 
 

@@ -16,7 +16,9 @@ from vavae_fast.parsing import read_yaml
 # Keys that may change between two starts of one run: they say how it is run and watched, not what it computes.
 _FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.num_workers", "data.params.num_workers", "train.ckpt",
          "train.log_every", "train.ckpt_every", "train.keep_last", "train.micro_batch_size", "train.fused", "train.resume", "train.output_dir",
-         "train.max_skipped", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.")  # fmt: skip
+         "train.max_skipped", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.trainer.max_epochs",
+         "lightning.trainer.strategy", "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark",
+         "lightning.callbacks", "lightning.modelcheckpoint")  # fmt: skip
 
 
 def resume_arguments(parser) -> None:
@@ -29,7 +31,7 @@ def resume_arguments(parser) -> None:
 def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterable[str]) -> bool:
     """Whether `folder` holds a run to continue. `BadInput` when its config differs in a key that is not `allowed` to."""
     artifacts.require_writable(folder)
-    held = any((folder / "checkpoints").glob("step_????????")) if folder.is_dir() else False
+    held = any((path / "manifest.json").is_file() for path in (folder / "checkpoints").glob("step_????????"))
     if held and (resume == "never" or config.train.resume is False):
         raise BadInput(f"{folder}: holds checkpoints of an earlier run; continue it with --resume auto, or choose another train.exp_name")
     if (folder / "config.yaml").is_file() and held:
@@ -44,7 +46,10 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; a second holder is `BadInput`. The lock dies with its holder."""
+    """Hold `folder` for this process; a second holder is `BadInput`. The lock dies with its holder.
+
+    Its file stays: were it removed, a third process could lock a new one beside a second that waits at the old.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
     with open(path, "a+", encoding="utf-8") as file:
@@ -56,10 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
 
 
 def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:

@@ -152,8 +152,7 @@ def run(plan: SamplePlan) -> Path:
     if (plan.out / "manifest.json").is_file():
         print(f"{plan.out.name}  {plan.out}: already complete")
         return plan.out
-    world = open_world()
-    try:
+    with open_world() as world:
         if world.main:
             (plan.out / "parts").mkdir(parents=True, exist_ok=True)
             artifacts.write_json(plan.out / "parts" / "manifest.json", dict(facts=plan.facts, batch=plan.config.sample.per_proc_batch_size))
@@ -162,8 +161,6 @@ def run(plan: SamplePlan) -> Path:
         world.barrier()
         if world.main:
             _assemble(plan)
-    finally:
-        world.close()
     return plan.out
 
 

@@ -26,27 +26,54 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(folder: Path, step: int, groups: Groups, facts: dict[str, Any], keep_last: int | None = None) -> Path:
-    """Write `groups` (file name -> named tensors) as the checkpoint of `step`; afterwards keep the last `keep_last`."""
+    """Write `groups` (file name -> named tensors) as the checkpoint of `step`; afterwards keep the last `keep_last` whole ones.
+
+    A damaged folder of that step, which the run went back behind, is kept beside it as `*.damaged`; a whole one is `BadInput`.
+    """
     size = sum(t.nbytes for tensors in groups.values() for t in tensors.values())
     artifacts.require_space(folder, int(1.05 * size) + (1 << 20))
     final = step_folder(folder, step)
+    _make_way(final)
     with artifacts.replacing_folder(final) as temporary:
         files = {}
         for group, tensors in groups.items():
             path = temporary / f"{group}.safetensors"
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-            path.chmod(0o644)
+            _write_tensors(path, tensors)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": artifacts.sha256(path)}
         artifacts.write_json(temporary / "manifest.json", artifacts.manifest("checkpoint", step=step, files=files, **facts))
     if keep_last is not None:
-        for old in sorted(folder.glob("step_????????"))[:-keep_last]:
+        whole = [path for path in checkpoints(folder) if checkpoint_fault(path, hashes=False) is None]
+        for old in whole[:-keep_last]:
             shutil.rmtree(old)
     return final
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Every folder with a checkpoint's name, oldest first, whole or not."""
+    return sorted(folder.glob("step_????????"))
+
+
+def _make_way(final: Path) -> None:
+    if not final.exists():
+        return
+    if checkpoint_fault(final) is None:
+        raise BadInput(f"{final}: is there already, and whole; a checkpoint is never written over")
+    aside = final.with_name(final.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    final.rename(aside)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # how its writer reports a full disk
+        raise BadInput(f"{path}: cannot be written ({error}); make room, or choose another folder") from None
+    path.chmod(0o644)
+
+
 def latest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint in `folder` that verifies; `say` is told of each newer one that does not."""
-    for path in sorted(folder.glob("step_????????"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         fault = checkpoint_fault(path)
         if fault is None:
             return path
@@ -54,7 +81,7 @@ def latest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def checkpoint_fault(path: Path) -> str | None:
+def checkpoint_fault(path: Path, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint folder: missing manifest, missing file, wrong size, wrong hash; None when nothing is."""
     if not (path / "manifest.json").is_file():
         return "incomplete (no manifest.json)"
@@ -64,9 +91,11 @@ def checkpoint_fault(path: Path) -> str | None:
             file = path / name
             if not file.is_file():
                 return f"lacks {name}"
-            if file.stat().st_size != facts["bytes"] or artifacts.sha256(file) != facts["sha256"]:
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}"
+            if hashes and artifacts.sha256(file) != facts["sha256"]:
                 return f"{name} is damaged (its hash is not the manifest's)"
-    except (BadInput, KeyError, TypeError, AttributeError):
+    except (BadInput, KeyError, TypeError, AttributeError, ValueError):
         return "manifest.json is damaged"
     return None
 

@@ -87,7 +87,7 @@ def flow_terms(state: DiTState, step: int, batch: LatentBatch) -> dict[str, Tens
     transport = state.transport_late if late else state.transport
     x0 = rng.normal(state.seed, batch.index, like=batch.latents)
     t = transport.times_from(time_draw(state.seed, batch.index, transport.use_lognorm))
-    dropped = rng.uniform(state.seed, batch.index, rng.Stream.LABEL_DROP) < state.model.y_embedder.dropout_prob
+    dropped = _dropped_labels(state.seed, batch.index, state.model.y_embedder.dropout_prob)
     with torch.autocast(batch.latents.device.type, torch.bfloat16, enabled=state.bf16):
         terms = transport.training_losses(state.model, batch.latents, dict(y=batch.labels, drop_labels=dropped), x0=x0, t=t)
     mse = terms["loss"].mean()
@@ -95,6 +95,11 @@ def flow_terms(state: DiTState, step: int, batch: LatentBatch) -> dict[str, Tens
         return {"loss": mse, "mse": mse}
     cos = terms["cos_loss"].mean()
     return {"loss": mse + cos, "mse": mse, "cos": cos}
+
+
+def _dropped_labels(seed: int, index: Tensor, probability: float) -> Tensor | None:
+    """(B,) bool, which labels become the null class; None for a model that has none."""
+    return rng.uniform(seed, index, rng.Stream.LABEL_DROP) < probability if probability > 0 else None
 
 
 def time_draw(seed: int, index: Tensor, lognorm: bool) -> Tensor:

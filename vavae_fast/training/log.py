@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from vavae_fast.artifacts import write_text
 from vavae_fast.errors import BadInput
 
 QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress line in this time
@@ -96,7 +97,7 @@ def readable_time(seconds: float) -> str:
 
 def _forget_after(path: Path, step: int) -> None:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= step]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _logged_step(line: str) -> float:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vavae_fast.distributed import World
-from vavae_fast.training.checkpoint import Groups, latest_checkpoint, load_checkpoint, save_checkpoint
+from vavae_fast.errors import BadInput
+from vavae_fast.training.checkpoint import Groups, checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
 
@@ -68,9 +69,14 @@ class StopSignal:
 
 
 def resume(state: State, folder: Path, log: RunLog) -> int:
-    """Load the newest complete checkpoint of a run into `state`; returns its step, 0 when there is none."""
+    """Load the newest complete checkpoint of a run into `state`; returns its step, 0 when the run has none.
+
+    `BadInput` when there are checkpoints and all are damaged: to begin again must be the user's choice.
+    """
     newest = latest_checkpoint(folder, log.say)
     if newest is None:
+        if held := [path for path in checkpoints(folder) if (path / "manifest.json").is_file()]:
+            raise BadInput(f"{folder}: none of its {len(held)} checkpoints is whole; bring one back, or remove the folder to begin again")
         return 0
     groups, manifest = load_checkpoint(newest, verify=False)
     state.load_groups(groups, str(newest))
