@@ -127,6 +127,7 @@ class TrainConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         require(self.keep_last is None or self.keep_last >= 2, "keep_last", self.keep_last, "2 or more, or null for all")
         require(self.global_seed >= 0, "global_seed", self.global_seed, "0 or more")
+        require(self.ckpt is None, "ckpt", self.ckpt, "null (no code reads it); set train.weight_init to start from weights, ckpt_path to sample")
 
 
 @dataclass(frozen=True)

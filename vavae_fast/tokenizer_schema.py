@@ -204,8 +204,16 @@ class TokenizerConfig:
         require(0 <= self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "in [0, 1]")
         if self.image_size % 2 ** (len(params.ddconfig.ch_mult) - 1):
             raise BadInput(f"data.image_size {self.image_size} is not a multiple of the downsampling factor {self.downsample_ratio}")
-        if self.weight_init and self.init_weight and self.weight_init != self.init_weight:
-            raise BadInput("weight_init and init_weight name different files; keep one")
+        given = {self.weight_init, self.init_weight, params.ckpt_path} - {None}
+        if len(given) > 1:
+            raise BadInput(f"weight_init, init_weight and model.params.ckpt_path name different files ({', '.join(sorted(given))}); keep one")
+        if params.ignore_keys:
+            raise BadInput("model.params.ignore_keys: weights are loaded whole or not at all; remove the key, or the entries from the file")
+
+    @property
+    def start_weights(self) -> str | None:
+        """The weights that training starts from; null: none."""
+        return self.weight_init or self.init_weight or self.model.params.ckpt_path
 
     @property
     def image_size(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.config import load_config
+from vavae_fast.config import LightningDiTConfig, load_config
 from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast evaluate --samples samples/samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception.pth --json fid.json"
@@ -153,15 +153,16 @@ def _plan_reconstruction(args, metrics: list[str]) -> ReconstructionPlan:
     from vavae_fast.evaluation import require_count
     from vavae_fast.models import LPIPS
 
-    size = args.image_size or (config.image_size if hasattr(config, "image_size") else config.data.image_size)
+    size = args.image_size or (config.data.image_size if isinstance(config, LightningDiTConfig) else config.image_size)
     images = open_images(args.images, size=size)
     tokenizer = build.tokenizer(config, args.checkpoint)
     if "rfid" in metrics:
         require_count(len(images), ["fid"], str(args.images))
     inception = _inception(args.inception) if "rfid" in metrics else None
     lpips = LPIPS.from_files(args.vgg, args.lpips) if "lpips" in metrics else None
+    own = config.vae.ckpt_path if isinstance(config, LightningDiTConfig) else config.ckpt_path
     facts = dict(protocol="adm: ADM crop, posterior mean, uint8 before scoring; LPIPS on [-1, 1]", images=str(args.images), count=len(images),
-                 image_size=size, tokenizer=str(args.checkpoint or config.ckpt_path))  # fmt: skip
+                 image_size=size, tokenizer=str(args.checkpoint or own))  # fmt: skip
     return ReconstructionPlan(metrics, tokenizer, images, inception, lpips, args.batch, args.json, facts)
 
 

@@ -40,6 +40,7 @@ def plan(config: None, args) -> ExportPlan:
     if not folder.is_dir():
         steps = ", ".join(str(int(p.name[5:])) for p in sorted((args.run / "checkpoints").glob("step_????????")))
         raise BadInput(f"{args.run}: no checkpoint of step {args.step}; there are: {steps or 'none'}")
+    artifacts.require_space(args.out.parent, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     weights = args.weights or ("ema" if (folder / "ema.safetensors").is_file() else "model")
     return ExportPlan(folder, weights, args.out)
 

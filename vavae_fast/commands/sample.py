@@ -61,6 +61,8 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     artifacts.require_writable(out)
     artifacts.require_space(out, 2 * num * 3 * config.data.image_size**2)
     _sampler_settings(config.sample)
+    guidable = config.model.class_dropout_prob > 0 or config.sample.cfg_scale <= 1
+    require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
     given_path(args.checkpoint or config.ckpt_path, "--checkpoint" if args.checkpoint else "ckpt_path", "the LightningDiT weights")
 
     from vavae_fast.commands import build

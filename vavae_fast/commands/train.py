@@ -64,9 +64,11 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.data.data_path or "path/to/" in config.data.data_path)
     path = None if placeholder else given_path(config.data.data_path, "data.data_path", "the folder of latents that vavae-fast extract wrote")
-    if config.train.weight_init:
+    latents, model = _latents(config, path), _on_meta(config)
+    if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
-    return TrainPlan(config, folder, micro, accumulated, processes, resumes, _latents(config, path))
+        _start_weights(config, model)
+    return TrainPlan(config, folder, micro, accumulated, processes, resumes, latents)
 
 
 def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
@@ -98,8 +100,7 @@ def predict(config: LightningDiTConfig, micro: int) -> dict[str, float]:
     from vavae_fast.commands import build
     from vavae_fast.models.lightningdit import activation_bytes_per_image, flops_per_image, parameter_count
 
-    with torch.device("meta"):
-        model = build.lightningdit(config)
+    model = _on_meta(config)
     parameters = parameter_count(model)
     on_gpu = torch.cuda.is_available()
     precision = "bf16" if build.bf16(config.train.precision, torch.device("cuda" if on_gpu else "cpu")) else "fp32"
@@ -108,6 +109,26 @@ def predict(config: LightningDiTConfig, micro: int) -> dict[str, float]:
     return dict(
         parameters=parameters, flops=flops_per_image(model), memory=states + activations, checkpoint_bytes=16 * parameters, on_gpu=on_gpu
     )
+
+
+def _on_meta(config: LightningDiTConfig) -> Any:
+    """The model without memory for its weights."""
+    import torch
+
+    from vavae_fast.commands import build
+
+    with torch.device("meta"):
+        return build.lightningdit(config)
+
+
+def _start_weights(config: LightningDiTConfig, model: Any) -> str:
+    """Load train.weight_init into `model`; one on the meta device only checks that it fits. Returns where they came from."""
+    from vavae_fast.commands import build
+    from vavae_fast.models.weights import load_strict
+
+    weights, identity = build.dit_weights(Path(config.train.weight_init), "model")
+    load_strict(model, weights, identity["path"])
+    return identity["path"]
 
 
 def run(plan: TrainPlan) -> Path:
@@ -152,7 +173,6 @@ def _state(plan: TrainPlan, world, log):
     import torch
 
     from vavae_fast.commands import build
-    from vavae_fast.models.weights import load_strict
     from vavae_fast.training.dit import DiTState
     from vavae_fast.training.ema import EMA
     from vavae_fast.training.guard import Guard
@@ -160,10 +180,8 @@ def _state(plan: TrainPlan, world, log):
     config = plan.config
     torch.manual_seed(config.train.global_seed)
     model = build.lightningdit(config)
-    if config.train.weight_init:
-        weights, identity = build.dit_weights(Path(config.train.weight_init), "model")
-        load_strict(model, weights, identity["path"])
-        log.say(f"starts from the weights of {identity['path']}")
+    if config.train.weight_init and not plan.resumes:
+        log.say(f"starts from the weights of {_start_weights(config, model)}")
     model.to(world.device).train()
     o, t = config.optimizer, config.transport
     parameters = [p for p in model.parameters() if p.requires_grad]

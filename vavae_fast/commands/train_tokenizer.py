@@ -34,6 +34,8 @@ class TokenizerPlan:
     max_steps: int | None  # None: a dry run without images
     resumes: bool
     images: Any
+    foundation: Any  # frozen networks, None where the objective needs none; a dry run does not load them
+    perceptual: Any
 
     def describe(self) -> str:
         c, f = self.config, predict(self.config)
@@ -64,8 +66,9 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.image_path or "path/to" in config.image_path)
     path = None if placeholder or _builtin(config.image_path) else given_path(config.image_path, "data.path", "the folder of training images")
-    if config.weight_init or config.init_weight:
-        given_path(config.weight_init or config.init_weight, "weight_init", "the weights to start from")
+    if config.start_weights and not resumes:
+        given_path(config.start_weights, "weight_init", "the weights to start from")
+    _precision(config)
     if not args.dry_run:
         _frozen_weights_given(config)
     images = None
@@ -73,7 +76,8 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
         from vavae_fast.data import open_images
 
         images = open_images(path or config.image_path, size=config.image_size, crop=config.data.crop)
-    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images)
+    foundation, perceptual = _check_networks(config, resumes, args.dry_run)
+    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, foundation, perceptual)
 
 
 def _builtin(path: str | None) -> bool:
@@ -97,6 +101,24 @@ def _steps(config: TokenizerConfig, images) -> int | None:
     if config.train.max_steps is not None or images is None:
         return config.train.max_steps
     return math.ceil((config.lightning.trainer.max_epochs or RECIPE_EPOCHS) * len(images) / config.global_batch_size)
+
+
+def _check_networks(config: TokenizerConfig, resumes: bool, dry_run: bool) -> tuple[Any, Any]:
+    """The frozen networks, loaded unless this is a dry run; and whether those to be trained can be built and started."""
+    import torch
+
+    from vavae_fast.commands import build
+
+    build.loss_weights(config)
+    foundation, perceptual = (None, None) if dry_run else (build.foundation(config), build.perceptual(config))
+    with torch.device("meta"):
+        networks = build.autoencoder(config), build.projection(config, foundation), build.discriminator(config)
+    if config.image_size < networks[2].smallest_image:
+        found = f"data.image_size {config.image_size} leaves no patch for a discriminator of {networks[2].n_layers} layers"
+        raise BadInput(f"model.params.lossconfig.params.disc_num_layers: {found}, which needs {networks[2].smallest_image} pixels; lower it")
+    if config.start_weights and not resumes:
+        build.start_tokenizer(Path(config.start_weights), *networks)
+    return foundation, perceptual
 
 
 def predict(config: TokenizerConfig) -> dict[str, float]:
@@ -164,11 +186,10 @@ def _state(plan: TokenizerPlan, world, log):
     params = config.model.params
     torch.manual_seed(config.train.global_seed)
     autoencoder, discriminator = build.autoencoder(config), build.discriminator(config)
-    foundation, perceptual = build.foundation(config), build.perceptual(config)
+    foundation, perceptual = plan.foundation, plan.perceptual
     projection = build.projection(config, foundation)
-    start = config.weight_init or config.init_weight
-    if start:
-        log.say(build.start_tokenizer(Path(start), autoencoder, projection, discriminator))
+    if config.start_weights and not plan.resumes:
+        log.say(build.start_tokenizer(Path(config.start_weights), autoencoder, projection, discriminator))
     for network in (autoencoder, projection, discriminator, foundation, perceptual):
         if network is not None:
             network.to(world.device)
