@@ -1,11 +1,11 @@
 """Flow matching: probability paths, the training objective, samplers, guidance, generation. Knows models as callables."""
 
-from .dopri5 import dopri5
-from .generate import LatentScale, SamplerSettings, generate_images, generate_latents, to_uint8
-from .guidance import guided
-from .paths import DIFFUSIONS, PATHS, Path, batch_time
-from .samplers import ODE_METHODS, SAMPLERS, SDE_SAMPLERS, Sampler, time_grid
-from .transport import Transport, create_transport
+from vavae_fast.flow.dopri5 import dopri5
+from vavae_fast.flow.generate import LatentScale, SamplerSettings, generate_images, generate_latents
+from vavae_fast.flow.guidance import guided
+from vavae_fast.flow.paths import DIFFUSIONS, PATHS, Path, batch_time
+from vavae_fast.flow.samplers import ODE_METHODS, SAMPLERS, SDE_SAMPLERS, Sampler, time_grid
+from vavae_fast.flow.transport import Transport, create_transport
 
 __all__ = [
     "DIFFUSIONS",
@@ -25,5 +25,4 @@ __all__ = [
     "generate_latents",
     "guided",
     "time_grid",
-    "to_uint8",
 ]

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..errors import BadInput, require
-from ..rng import Stream
-from .dopri5 import ERROR_NORMS
-from .guidance import guided
-from .paths import DIFFUSIONS, look_up
-from .samplers import LAST_STEPS, ODE_METHODS, SDE_SAMPLERS, OdeSampler, Sampler, SdeSampler
-from .transport import Transport, create_transport
+from vavae_fast import rng
+from vavae_fast.errors import BadInput, require
+from vavae_fast.flow.dopri5 import ERROR_NORMS
+from vavae_fast.flow.guidance import guided
+from vavae_fast.flow.paths import DIFFUSIONS, look_up
+from vavae_fast.flow.samplers import LAST_STEPS, ODE_METHODS, SDE_SAMPLERS, OdeSampler, Sampler, SdeSampler
+from vavae_fast.flow.transport import Transport, create_transport
+from vavae_fast.pixels import to_uint8
+from vavae_fast.rng import Stream
 
 IndexedBatches = Iterable[tuple[Tensor, Tensor]]
 
@@ -152,8 +153,3 @@ def generate_images(
         with torch.inference_mode():
             images = to_uint8(decode(scale.denormalise(x)))
         yield index, images
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 by truncation of 127.5 x + 128, as the reference writes its samples."""
-    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import require
-from .paths import batch_time, like
+from vavae_fast.errors import require
+from vavae_fast.flow.paths import batch_time, like
 
 
 def guided(

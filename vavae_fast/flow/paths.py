@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from vavae_fast.errors import BadInput
 
 Named = TypeVar("Named")
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # Song et al. 2021, appendix C

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
-from .dopri5 import ERROR_NORMS, dopri5_states
-from .paths import DIFFUSIONS, batch_time, look_up
-from .transport import Transport
+from vavae_fast.errors import require
+from vavae_fast.flow.dopri5 import ERROR_NORMS, dopri5_states
+from vavae_fast.flow.paths import DIFFUSIONS, batch_time, look_up
+from vavae_fast.flow.transport import Transport
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t () or (B,)) -> (B, ...)
 Noise = Callable[[int, Tensor], Tensor]  # (step, like (B, ...)) -> standard normals (B, ...)

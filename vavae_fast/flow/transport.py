@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, require
-from .paths import PATHS, Path, like, look_up
+from vavae_fast.errors import BadInput, require
+from vavae_fast.flow.paths import PATHS, Path, like, look_up
 
 _SINGULAR_EPS = 1e-3  # distance kept from a time where a coefficient is infinite
 

@@ -131,11 +131,6 @@ class AutoencoderKL(nn.Module):
         return Autoencoded(self.decode(z), posterior, z)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 as the reference rounds: trunc(clamp(127.5 x + 128, 0, 255)). Any shape."""
-    return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
-
-
 def _default_groups(widths: Sequence[int]) -> int:
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in widths))
 

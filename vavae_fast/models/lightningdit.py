@@ -240,7 +240,7 @@ class LightningDiT(nn.Module):
         x (2N, C, H, W), of which the second half is ignored; t (2N,); y (2N,) the labels, then the null class -> (2N, C, H, W):
         guided twice. Only the first `cfg_channels` channels are guided (3 is the public code's, "all" is the formula's);
         the others stay each half's own. With cfg_interval, a sample is guided only where cfg_interval_start <= t <=
-        cfg_interval_end, and keeps v_label elsewhere (Kynkäänniemi et al. 2024). Never waits for the device.
+        cfg_interval_end (1: no upper bound), and keeps v_label elsewhere (Kynkäänniemi et al. 2024). Never waits for the device.
         """
         if len(x) % 2:
             raise ValueError(f"forward_with_cfg: x must hold 2N samples, got {len(x)}")
@@ -257,7 +257,10 @@ class LightningDiT(nn.Module):
         guided = v_null + cfg_scale * (v_label - v_null)
         if cfg_interval:
             times = t[: len(half)].view(-1, 1, 1, 1)
-            guided = torch.where((cfg_interval_start <= times) & (times <= cfg_interval_end), guided, v_label)
+            inside = cfg_interval_start <= times
+            if cfg_interval_end < 1.0:
+                inside = inside & (times <= cfg_interval_end)
+            guided = torch.where(inside, guided, v_label)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
