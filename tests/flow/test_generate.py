@@ -8,7 +8,7 @@ from flow.toys import ToyDiT
 
 from vavae_fast import rng
 from vavae_fast.errors import BadInput
-from vavae_fast.flow import LatentScale, SamplerSettings, generate_latents
+from vavae_fast.flow import LatentScale, SamplerSettings, generate_images, generate_latents
 
 SHAPE = (5, 4, 4)
 LABELS = torch.tensor([0, 3, 3, 9, 1, 7, 2])
