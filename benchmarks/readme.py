@@ -59,12 +59,12 @@ def _demo(result: dict) -> str:
         rows.append(f"| {name} | {scores['reconstruction']['psnr']:.1f} dB | {' | '.join(cells)} | {100 * guided:.1f} % |")
     held = result["held_out"]
     return (
-        f"**The demo** (`make demo`, seed {result['seed']}, {result['device']}, torch {result['versions']['torch']}, commit {result['commit']}, "
-        f"{result['time'][:10]}): {result['seconds']:.0f} s without installation. One tokenizer budget, one LightningDiT budget, three kinds of latents; "
-        f"unguided samples unless it says guided. Real held-out digits have a Fréchet distance of {held['frechet']:.1f}.\n\n"
+        f"**The demo** (`make demo`, seed {result['seed']}, {result['device']}, torch {result['versions']['torch']}, "
+        f"commit {result['commit']}, {result['time'][:10]}): {result['seconds']:.0f} s without installation. One tokenizer budget, one LightningDiT "
+        f"budget, three kinds of latents; unguided samples unless it says guided. Real held-out digits have a Fréchet distance of {held['frechet']:.1f}.\n\n"
         + "\n".join(rows)
-        + "\n\nThis shows that the pipeline works and what aligned latents do at this size. It is one seed of a toy; stand-ins replace every pretrained "
-        "network, and the untrained control tells how much of the gain needs a trained encoder."
+        + "\n\nThis shows that the pipeline works and what aligned latents do at this size. It is one seed of a toy; stand-ins replace every "
+        "pretrained network, and the untrained control tells how much of the gain needs a trained encoder."
     )
 
 

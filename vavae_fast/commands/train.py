@@ -34,7 +34,6 @@ class TrainPlan:
 
     def describe(self) -> str:
         c, f = self.config, predict(self.config, self.micro_batch)
-        device = "GPU" if f["on_gpu"] else "process"
         data = f"{len(self.latents):,} latents {self.latents.shape}" if self.latents is not None else f"not set: {c.data.data_path}"
         epochs = f" = {c.train.max_steps * c.train.global_batch_size / len(self.latents):.1f} epochs" if self.latents is not None else ""
         return (
@@ -44,7 +43,7 @@ class TrainPlan:
             f"data       {data}\n"
             f"batch      {c.train.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
             f"steps      {c.train.max_steps:,}{epochs}, lr {c.optimizer.lr:g} (not scaled)\n"
-            f"memory     about {artifacts.readable_bytes(f['memory'])} per {device} predicted\n"
+            f"memory     about {artifacts.readable_bytes(f['memory'])} per GPU in {f['precision']}, predicted; less with train.micro_batch_size\n"
             f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
             "nothing was written"
@@ -93,22 +92,17 @@ def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
     return latents
 
 
-def predict(config: LightningDiTConfig, micro: int) -> dict[str, float]:
+def predict(config: LightningDiTConfig, micro: int) -> dict[str, Any]:
     """Parameters, FLOPs an image (forward), bytes of memory and of a checkpoint, from the model on the meta device."""
-    import torch
-
-    from vavae_fast.commands import build
     from vavae_fast.models.lightningdit import activation_bytes_per_image, flops_per_image, parameter_count
 
     model = _on_meta(config)
     parameters = parameter_count(model)
-    on_gpu = torch.cuda.is_available()
-    precision = "bf16" if build.bf16(config.train.precision, torch.device("cuda" if on_gpu else "cpu")) else "fp32"
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"  # what auto is on a GPU
     states = 20 * parameters  # fp32 weights, gradients, two moments, EMA
     activations = micro * activation_bytes_per_image(model, precision, config.model.use_checkpoint)
-    return dict(
-        parameters=parameters, flops=flops_per_image(model), memory=states + activations, checkpoint_bytes=16 * parameters, on_gpu=on_gpu
-    )
+    bytes_of = dict(memory=states + activations, checkpoint_bytes=16 * parameters)
+    return dict(parameters=parameters, flops=flops_per_image(model), precision=precision, **bytes_of)
 
 
 def _on_meta(config: LightningDiTConfig) -> Any:
