@@ -61,7 +61,8 @@ def _demo(result: dict) -> str:
     return (
         f"**The demo** (`make demo`, seed {result['seed']}, {result['device']}, torch {result['versions']['torch']}, "
         f"commit {result['commit']}, {result['time'][:10]}): {result['seconds']:.0f} s without installation. One tokenizer budget, one LightningDiT "
-        f"budget, three kinds of latents; unguided samples unless it says guided. Real held-out digits have a Fréchet distance of {held['frechet']:.1f}.\n\n"
+        f"budget, three kinds of latents; unguided samples unless it says guided. Real held-out digits have a Fréchet distance of "
+        f"{held['frechet']:.1f}.\n\n"
         + "\n".join(rows)
         + "\n\nThis shows that the pipeline works and what aligned latents do at this size. It is one seed of a toy; stand-ins replace every "
         "pretrained network, and the untrained control tells how much of the gain needs a trained encoder."
