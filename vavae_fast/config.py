@@ -57,20 +57,16 @@ def world_size() -> int:
 
 
 def accumulation(global_batch: int, micro_batch: int | None, processes: int) -> tuple[int, int]:
-    """(micro batch, micro batches a step) of each process, so that their product over all processes is `global_batch`."""
-    if global_batch % processes:
-        near = _nearest_batches(global_batch, processes)
-        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {processes} processes; nearest: {near}")
+    """(micro batch, micro batches a step) of each process, so that their product over all processes is `global_batch`.
+
+    A share smaller than `micro_batch` is one micro-batch.
+    """
+    whole = micro_batch is None or global_batch <= processes * micro_batch  # one micro-batch a step
+    unit = processes if whole else processes * micro_batch
+    if global_batch % unit:
+        near = ", ".join(str(b) for b in (global_batch // unit * unit, (global_batch // unit + 1) * unit) if b > 0)
+        over = f"{processes} processes" + ("" if whole else f" x train.micro_batch_size {micro_batch}")
+        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {over}; nearest: {near}")
     share = global_batch // processes
-    micro = min(micro_batch or share, share)
-    if share % micro:
-        near = _nearest_batches(global_batch, processes * micro)
-        unit = f"{processes} processes x train.micro_batch_size {micro}"
-        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {unit}; nearest: {near}")
+    micro = share if whole else micro_batch
     return micro, share // micro
-
-
-def _nearest_batches(global_batch: int, unit: int) -> str:
-    """The multiples of `unit` on both sides of `global_batch`, for an error message."""
-    below = global_batch // unit * unit
-    return ", ".join(str(b) for b in (below, below + unit) if b > 0)

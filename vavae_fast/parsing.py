@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,11 +95,13 @@ def _construct(loader: _Loader, node: yaml.Node, source: str, depth: int) -> Any
     where = f"{source}:{node.start_mark.line + 1}"
     if depth > MAX_DEPTH:
         raise BadInput(f"{where}: nested too deeply; a config has at most {MAX_DEPTH} levels")
+    if node.tag not in _TAGS:
+        raise BadInput(f"{where}: tag {node.tag} is not supported; write the value without it")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or key_node.tag == "tag:yaml.org,2002:merge":
+            if key is None:
                 raise BadInput(f"{where}: keys must be plain words")
             if key in result:
                 raise BadInput(f"{source}:{key_node.start_mark.line + 1}: duplicate key {key!r}; keep one of the two")
@@ -106,8 +109,6 @@ def _construct(loader: _Loader, node: yaml.Node, source: str, depth: int) -> Any
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, source, depth + 1) for item in node.value]
-    if node.tag.rpartition(":")[2] not in ("null", "bool", "int", "float", "str"):
-        raise BadInput(f"{where}: tag {node.tag} is not supported; write the value without it")
     try:
         return loader.construct_object(node)
     except (ValueError, KeyError):
