@@ -1,0 +1,72 @@
+"""Ranks and collectives: one process needs no group, two gloo processes agree, and an error in one waits for nobody.
+
+Run as a script, this file is one of the two processes.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from vavae_fast.distributed import World, open_world
+
+
+def test_one_process_needs_no_group():
+    with open_world() as world:
+        assert world == World(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+        assert world.any(True) and not world.any(False)
+        values = torch.tensor([1.0, 2.0])
+        assert torch.equal(world.mean(values), values)
+        world.barrier()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
+def test_two_processes_agree_and_an_error_in_one_ends_both():
+    """Were the failing process to wait at a barrier while the other sums gradients, both would stand there for ever."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    started = time.monotonic()
+    processes = [
+        subprocess.Popen([sys.executable, __file__], env=common | dict(RANK=rank, LOCAL_RANK=rank), stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert said == ["agreed, then the other was gone", "agreed, then failed"]
+    assert time.monotonic() - started < 100
+
+
+def main(rank: int) -> None:
+    with open_world() as world:
+        assert (world.rank, world.size, world.main, world.device.type) == (rank, 2, rank == 0, "cpu")
+        torch.testing.assert_close(world.mean(torch.tensor([1.0 + rank, 10.0 * rank])), torch.tensor([1.5, 5.0]))
+        assert world.any(rank == 1) is True and world.any(False) is False and world.any(True) is True
+        world.barrier()
+    assert not torch.distributed.is_initialized()
+    try:
+        with open_world() as world:
+            if rank == 1:
+                raise KeyError("this process fails")
+            world.mean(torch.ones(1))
+            print("got past the collective")
+    except KeyError:
+        print("agreed, then failed")
+    except RuntimeError:  # the connection ends with the process that failed
+        print("agreed, then the other was gone")
+    sys.stdout.flush()
+    os._exit(0)  # as a failing process does: nothing of the group is taken down in turn
+
+
+if __name__ == "__main__":
+    main(int(os.environ["RANK"]))
