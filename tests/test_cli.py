@@ -172,7 +172,8 @@ def test_overview_version_and_module(capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["train"], "--config"), (["train", "--config"], "--config"), (["train", "--config", "a.yaml", "--fuse"], "--fuse"),
-    (["train", "--config", str(CONFIGS / "demo.yaml"), "word"], "'word': expected key.path=value"), (["sample", "--config", "a.yaml", "--num", "many"], "--num"),
+    (["train", "--config", str(CONFIGS / "demo.yaml"), "word"], "'word': expected key.path=value"),
+    (["sample", "--config", "a.yaml", "--num", "many"], "--num"),
     (["sample", "--config", "a.yaml", "--preset", "paper"], "--preset"), (["doctor", "a=1"], "a=1"), (["doctor", "--print-config"], "no config"),
     (["export", "--run", "x", "--out", "y.bin"], "--out"),
 ])  # fmt: skip

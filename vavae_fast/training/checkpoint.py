@@ -86,8 +86,10 @@ def checkpoint_fault(path: Path, hashes: bool = True) -> str | None:
     if not (path / "manifest.json").is_file():
         return "incomplete (no manifest.json)"
     try:
-        files = artifacts.read_json(path / "manifest.json")["files"]
-        for name, facts in files.items():
+        manifest = artifacts.read_json(path / "manifest.json")
+        if not isinstance(manifest["step"], int) or any(Path(name).name != name for name in manifest["files"]):
+            return "manifest.json is damaged"
+        for name, facts in manifest["files"].items():
             file = path / name
             if not file.is_file():
                 return f"lacks {name}"

@@ -1,0 +1,86 @@
+"""What a run says: one JSON object a logged step, a text log, lines that a person reads."""
+
+import json
+import math
+
+import pytest
+
+from vavae_fast.errors import BadInput
+from vavae_fast.training.log import RunLog, progress_line, readable_time
+
+VALUES = dict(step=200, loss=0.74231, mse=0.31, lr=2e-4, images_per_second=412.3, data_wait=0.004, skipped=0.0)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_says_step_loss_rate_and_time_left():
+    line = progress_line(VALUES, 80000, 24780)
+    assert line == "step 200/80000  loss 0.7423  mse 0.31  lr 0.0002  412 img/s  data 0%  ETA 6 h 53 m"
+    assert "skipped 3" in progress_line(VALUES | dict(skipped=3.0), 80000, 10)
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (89, "89 s"), (90, "2 m"), (3600, "60 m"), (5400, "1 h 30 m"), (24780, "6 h 53 m")])
+def test_readable_time(seconds, text):
+    assert readable_time(seconds) == text
+
+
+def test_metrics_are_json_whatever_the_values(tmp_path):
+    log = RunLog(tmp_path, "run")
+    log.step(VALUES, 80000, 1.0)
+    log.step(VALUES | dict(step=201, loss=math.nan, mse=math.inf), 80000, 1.0)
+    log.close()
+    first, second = logged(tmp_path)
+    assert first == VALUES and second["loss"] is None and second["mse"] is None and second["step"] == 201
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line and "Infinity" not in line
+
+
+def test_what_is_said_is_on_the_screen_and_in_the_log(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", "run")
+    log.say("continues from x")
+    log.step(VALUES, 80000, 1.0)
+    log.step(VALUES | dict(step=300), 80000, 1.0)
+    log.close()
+    screen, text = capsys.readouterr().out.splitlines(), (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert screen[0] == "run  continues from x" and len(screen) == 2, "elsewhere than on a terminal: a line now and then"
+    assert len(text) == 3 and text[0].endswith("  continues from x") and "step 300/80000" in text[2]
+
+
+def test_the_last_step_is_always_said(tmp_path, capsys):
+    log = RunLog(tmp_path, "run")
+    log.step(VALUES, 80000, 1.0)
+    log.step(VALUES | dict(step=80000), 80000, 0.0)
+    log.close()
+    assert "step 80000/80000" in capsys.readouterr().out
+
+
+def test_steps_that_will_come_again_are_forgotten(tmp_path):
+    log = RunLog(tmp_path, "run")
+    for step in (10, 20, 30):
+        log.step(VALUES | dict(step=step), 100, 1.0)
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')  # cut short by a kill
+    log = RunLog(tmp_path, "run")
+    log.forget_after(20)
+    log.step(VALUES | dict(step=30, loss=1.0), 100, 1.0)
+    log.close()
+    assert [(line["step"], line["loss"]) for line in logged(tmp_path)] == [(10, 0.74231), (20, 0.74231), (30, 1.0)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl"]
+
+
+def test_other_processes_are_silent(capsys):
+    log = RunLog(None, "run", ("tensorboard",))
+    log.say("x")
+    log.step(VALUES, 10, 1.0)
+    log.forget_after(3)
+    log.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_board_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match=r"log.to=\[tensorboard\]: tensorboard is not installed; pip install"):
+        RunLog(tmp_path, "run", ("tensorboard",))
