@@ -1,0 +1,196 @@
+"""The loop: means since the last line, checkpoints when due, a signal answered by one, and going on from there."""
+
+import json
+import os
+import signal
+from itertools import count, islice
+
+import pytest
+import torch
+
+from vavae_fast.distributed import World
+from vavae_fast.errors import BadInput
+from vavae_fast.training import loop
+from vavae_fast.training.checkpoint import save_checkpoint, step_folder
+from vavae_fast.training.guard import Guard
+from vavae_fast.training.log import RunLog
+from vavae_fast.training.loop import LoopSettings, StopSignal, resume, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Counter:
+    """A state whose one weight is the sum of what it has seen."""
+
+    def __init__(self):
+        self.weight = torch.zeros((), dtype=torch.float64)
+        self.guard = Guard(ALONE.device, 3)
+        self.steps = []
+
+    def groups(self):
+        return {"model": {"weight": self.weight}}
+
+    def load_groups(self, groups, source):
+        self.weight = groups["model"]["weight"].clone()
+
+    def learning_rate(self, step):
+        return 1.0 / (1 + step)
+
+
+def add(state, step, micro_batches):
+    state.weight += sum(micro_batches)
+    state.steps.append(step)
+    return {"loss": torch.tensor(float(step)), "ones": torch.ones(())}
+
+
+def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2):
+    """As the commands do: resume, then train on 0, 1, 2, … two at a time."""
+    state, log = Counter(), RunLog(folder, "run")
+    start = resume(state, folder / "checkpoints", log)
+    log.forget_after(start)
+    numbers = count(start * accumulation)
+    batches = iter(lambda: list(islice(numbers, accumulation)), [])
+    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, keep_last, {"stage": "test"})
+    done = train(state, step, batches, settings, ALONE, log, start)
+    log.close()
+    return state, done
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(folder):
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+
+
+def test_steps_logs_and_checkpoints(tmp_path):
+    state, done = run(tmp_path, 11)
+    assert done == 11 and state.steps == list(range(11)) and state.weight == sum(range(22))
+    lines = logged(tmp_path)
+    assert [line["step"] for line in lines] == [5, 10, 11]
+    assert [line["loss"] for line in lines] == [2.0, 7.0, 10.0], "the mean since the last line"
+    assert [line["lr"] for line in lines] == [1 / 5, 1 / 10, 1 / 11], "of the step that was just made"
+    assert all(line["ones"] == 1.0 and line["images_per_second"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
+    assert saved(tmp_path) == [4, 8, 11]
+    assert {"memory_gb", "seconds", "skipped"} <= lines[0].keys()
+
+
+def test_retention_reaches_the_checkpoints(tmp_path):
+    run(tmp_path, 11, ckpt_every=2, keep_last=2)
+    assert saved(tmp_path) == [10, 11]
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    straight, _ = run(tmp_path / "a", 10)
+    run(tmp_path / "b", 6)
+    state, done = run(tmp_path / "b", 10)
+    assert done == 10 and state.steps == [6, 7, 8, 9] and torch.equal(state.weight, straight.weight)
+    assert [line["step"] for line in logged(tmp_path / "b")] == [5, 6, 10]
+    assert "continues from" in (tmp_path / "b" / "log.txt").read_text()
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    run(tmp_path, 6)
+    state, done = run(tmp_path, 6)
+    assert done == 6 and state.steps == [] and saved(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_answered_by_a_checkpoint(tmp_path, capsys, number):
+    def interrupted(state, step, micro_batches):
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return add(state, step, micro_batches)
+
+    before = signal.getsignal(number)
+    state, done = run(tmp_path, 20, interrupted)
+    assert done == 7 and saved(tmp_path) == [4, 7] and signal.getsignal(number) is before
+    said = capsys.readouterr().out
+    assert f"{number.name}: saved step 7 in {tmp_path / 'checkpoints'}; the same command continues" in said
+    straight, _ = run(tmp_path / "straight", 20)
+    state, _ = run(tmp_path, 20)
+    assert torch.equal(state.weight, straight.weight) and state.steps[0] == 7
+
+
+def test_several_processes_stop_at_a_step_they_agree_on(monkeypatch):
+    """They ask each other every tenth step only: a collective in every step would make all wait for the slowest."""
+    world, asked = World(0, 2, torch.device("cpu")), []
+    monkeypatch.setattr(World, "any", lambda self, flag: (asked.append(flag), flag)[1])
+    agreed = [step for step in range(1, 31) if loop._agreed(step > 13, step, world)]
+    assert agreed == [20, 30] and asked == [False, True, True]
+    assert loop._agreed(True, 7, ALONE) and not loop._agreed(False, 7, ALONE)
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_damaged_checkpoint_is_stepped_over_and_made_again(tmp_path, capsys):
+    straight, _ = run(tmp_path / "a", 12)
+    run(tmp_path / "b", 8)
+    newest = step_folder(tmp_path / "b" / "checkpoints", 8)
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    state, _ = run(tmp_path / "b", 12)
+    assert state.steps == list(range(4, 12)) and torch.equal(state.weight, straight.weight)
+    assert "is damaged" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir()) == [
+        "step_00000004", "step_00000008", "step_00000008.damaged", "step_00000012",
+    ]  # fmt: skip
+    assert [line["step"] for line in logged(tmp_path / "b")] == [5, 10, 12], "what came after the step is logged once"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence(tmp_path):
+    run(tmp_path, 8)
+    for step in (4, 8):
+        (step_folder(tmp_path / "checkpoints", step) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match="none of its 2 checkpoints is whole; bring one back, or remove the folder"):
+        run(tmp_path, 12)
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
+    """What a killed writer of another kind left: the run begins, and saves that step."""
+    save_checkpoint(tmp_path / "checkpoints", 4, {"model": {"weight": torch.ones(())}}, {})
+    (step_folder(tmp_path / "checkpoints", 4) / "manifest.json").unlink()
+    state, _ = run(tmp_path, 5)
+    assert state.steps == list(range(5)) and saved_whole(tmp_path) == [4, 5]
+
+
+def saved_whole(folder):
+    return sorted(int(path.parent.name[5:]) for path in (folder / "checkpoints").glob("step_????????/manifest.json"))
+
+
+def test_skipped_steps_are_logged_and_too_many_end_the_run(tmp_path):
+    def spoilt(state, step, micro_batches):
+        state.guard.step(torch.tensor(float("nan") if step >= 3 else 1.0))
+        return add(state, step, micro_batches)
+
+    with pytest.raises(BadInput, match="not finite in the last 7 steps up to step 10"):
+        run(tmp_path, 20, spoilt)
+    assert [line["skipped"] for line in logged(tmp_path)] == [2.0, 7.0]
+
+
+def test_values_that_begin_in_the_middle_of_a_window_are_means_over_it(tmp_path):
+    """The discriminator's loss is 0 before its start, and logged as such."""
+
+    def starting(state, step, micro_batches):
+        return add(state, step, micro_batches) | ({"d_loss": torch.tensor(4.0)} if step >= 3 else {})
+
+    run(tmp_path, 10, starting, log_every=4)
+    assert [line.get("d_loss") for line in logged(tmp_path)] == [1.0, 4.0, 4.0]
+
+
+def test_means_over_processes_take_one_collective(monkeypatch):
+    calls = []
+    monkeypatch.setattr(World, "mean", lambda self, values: (calls.append(values.shape), values)[1])
+    meter = loop._Meter(8)
+    for value in (1.0, 2.0):
+        meter.add({"loss": torch.tensor(value), "mse": torch.tensor(2 * value)})
+    assert {k: v for k, v in meter.read(World(0, 2, torch.device("cpu"))).items() if k in ("loss", "mse")} == {"loss": 1.5, "mse": 3.0}
+    assert calls == [(2,)]

@@ -1,0 +1,258 @@
+"""The VA-VAE step against its plain formulation: two losses of the same reconstructions, two Adams, the GAN at its iteration."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vavae_fast import rng
+from vavae_fast.data.images import ImageBatch
+from vavae_fast.distributed import World
+from vavae_fast.losses import LossWeights
+from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.models.discriminator import PatchDiscriminator
+from vavae_fast.models.standins import StandInEncoder, StandInPerceptual
+from vavae_fast.training.guard import Guard
+from vavae_fast.training.tokenizer import TokenizerState, tokenizer_step
+
+CPU = torch.device("cpu")
+SEED = 3
+ADAM = dict(lr=1e-3, betas=(0.5, 0.9))
+
+
+def state(reverse_proj=True, proj_fix=False, vf=True, **changes) -> TokenizerState:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(embed_dim=4, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=4)
+    discriminator = PatchDiscriminator(n_layers=1, ndf=4)
+    foundation = StandInEncoder(dim=8, depth=1, heads=2).requires_grad_(False).eval() if vf else None
+    perceptual = StandInPerceptual(widths=(8, 8)).requires_grad_(False).eval()
+    projection = None
+    if vf:
+        projection = nn.Conv2d(4, 8, 1, bias=False) if reverse_proj else nn.Conv2d(8, 4, 1)
+        projection.requires_grad_(not proj_fix)
+    trained = [*autoencoder.parameters(), *(projection.parameters() if vf and not proj_fix else ())]
+    weights = LossWeights(kl_weight=1e-6, disc_weight=0.5, disc_start=changes.pop("disc_start", 0), vf_weight=0.1, adaptive_vf=True,
+                          distmat_margin=0.1, cos_margin=0.2)  # fmt: skip
+    plain = dict(
+        autoencoder=autoencoder, projection=projection, discriminator=discriminator, foundation=foundation, perceptual=perceptual,
+        optimizer=torch.optim.Adam(trained, fused=True, **ADAM), optimizer_disc=torch.optim.Adam(discriminator.parameters(), fused=True, **ADAM),
+        weights=weights, guard=Guard(CPU, 10), world=World(0, 1, CPU), seed=SEED, base_lr=1e-3, decay_fraction=0.0, max_steps=100, bf16=False,
+        reverse_proj=reverse_proj,
+    )  # fmt: skip
+    return TokenizerState(**(plain | changes))
+
+
+def batch(count=4, first=0) -> ImageBatch:
+    index = torch.arange(first, first + count)
+    pixels = (255 * torch.sigmoid(rng.normal(7, index, like=torch.empty(count, 3, 16, 16)))).to(torch.uint8)
+    return ImageBatch(pixels, index % 2, index)
+
+
+def copies(*modules):
+    return [{name: p.detach().clone() for name, p in module.named_parameters()} for module in modules]
+
+
+def same(before, module):
+    return all(torch.equal(value, module.get_parameter(name)) for name, value in before.items())
+
+
+def plain_losses(s, b, gan_factor, disc_factor):
+    """The reference's formulation, pass by pass: every adaptive weight by its own two gradients at the last layers."""
+    x = b.pixels.float() / 127.5 - 1
+    posterior = s.autoencoder.encode(x)
+    z = posterior.mean + (0.5 * posterior.logvar).exp() * rng.normal(SEED, b.index, like=posterior.mean, stream=rng.Stream.POSTERIOR)
+    r = s.autoencoder.decode(z)
+    nll = ((x - r).abs() + s.perceptual(x, r)).sum() / len(x)
+    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum() / len(x)
+
+    def adaptive(other, layer, most):
+        a, b = (torch.autograd.grad(loss, layer, retain_graph=True)[0].norm() for loss in (nll, other))
+        return (a / (b + 1e-4)).clamp(0, most).detach()
+
+    loss = nll + 1e-6 * kl
+    g_loss = torch.zeros(())
+    if gan_factor:
+        g_loss = -s.discriminator(r).mean()
+        loss = loss + 0.5 * adaptive(g_loss, s.autoencoder.last_decoder_weight, 1e4) * gan_factor * g_loss
+    features = s.foundation(x)
+    projected = (s.projection(z), features) if s.reverse_proj else (z, s.projection(features))
+    a, f = (t.flatten(2) for t in projected)
+    gram = [F.normalize(t, dim=1).transpose(1, 2) @ F.normalize(t, dim=1) for t in (a, f)]
+    mdms = F.relu((gram[0] - gram[1]).abs() - 0.1).mean()
+    mcos = F.relu(1 - 0.2 - F.cosine_similarity(a, f, dim=1)).mean()
+    loss = loss + 0.1 * adaptive(mdms + mcos, s.autoencoder.last_encoder_weight, 1e8) * (mdms + mcos)
+    d_loss = torch.zeros(())
+    if disc_factor:
+        real, fake = s.discriminator(x), s.discriminator(r.detach())
+        d_loss = disc_factor * 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return dict(loss=loss, nll=nll, kl=kl, g_loss=g_loss, mdms=mdms, mcos=mcos, d_loss=d_loss)
+
+
+def assert_gradients(optimizer, parameters, expected):
+    """After Adam's first step its moment is (1 - beta1) times the gradient. Equal up to the rounding of the largest ones."""
+    largest = max(gradient.abs().max().item() for gradient in expected)
+    for p, gradient in zip(parameters, expected):
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"] / 0.5, gradient, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("reverse_proj", [True, False])
+@pytest.mark.parametrize("gan", [True, False])
+def test_losses_and_gradients_are_the_plain_formulation(reverse_proj, gan):
+    s = state(reverse_proj, disc_start=0 if gan else 1000)
+    twin = state(reverse_proj, disc_start=0 if gan else 1000)
+    b = batch()
+    expected = plain_losses(twin, b, 1.0 if gan else 0.0, 1.0 if gan else 0.0)
+    before = copies(s.autoencoder, s.projection, s.discriminator)
+    gradients = dict(zip(twin.trained(), torch.autograd.grad(expected["loss"], list(twin.trained().values()), retain_graph=True)))
+    d_gradients = torch.autograd.grad(expected["d_loss"], list(twin.discriminator.parameters())) if gan else []
+    values = tokenizer_step(s, 0, [b])
+    for key in ("loss", "nll", "kl", "g_loss", "mdms", "mcos", *(["d_loss"] if gan else [])):
+        torch.testing.assert_close(values[key], expected[key].detach(), rtol=1e-5, atol=1e-6)
+    norm = torch.sqrt(sum(g.double().square().sum() for g in gradients.values())).float()
+    torch.testing.assert_close(values["grad_norm"], norm, rtol=1e-4, atol=0)
+    assert_gradients(s.optimizer, s.trained().values(), gradients.values())
+    if gan:
+        assert_gradients(s.optimizer_disc, s.discriminator.parameters(), d_gradients)
+    assert same(before[2], s.discriminator) is not gan
+
+
+def test_the_gan_starts_at_its_iterations():
+    """disc_start 5 counts both networks' steps: the discriminator moves from iteration 2 on, the autoencoder feels it from 3."""
+    s = state(disc_start=5)
+    for iteration in range(5):
+        before = copies(s.discriminator)[0]
+        values = tokenizer_step(s, iteration, [batch(first=4 * iteration)])
+        assert same(before, s.discriminator) is (iteration < 2), iteration
+        assert (values["g_loss"] != 0) == (iteration >= 3), iteration
+        assert (values.get("d_loss", torch.zeros(())) != 0) == (iteration >= 2), iteration
+
+
+def test_the_discriminators_adam_counts_the_steps_before_its_start():
+    """As if stepped with zero gradients from the first iteration, which is what the reference does: same update, same count."""
+    s = state(disc_start=5)
+    reference = copy.deepcopy(s.discriminator)
+    for iteration in range(2):
+        tokenizer_step(s, iteration, [batch(first=4 * iteration)])
+    adam = torch.optim.Adam(reference.parameters(), **ADAM)
+    for _ in range(2):
+        for p in reference.parameters():
+            p.grad = torch.zeros_like(p)
+        adam.step()
+    twin = copy.deepcopy(s)
+    x, b = batch(first=8).pixels.float() / 127.5 - 1, batch(first=8)
+    with torch.no_grad():
+        posterior = twin.autoencoder.encode(x)
+        r = twin.autoencoder.decode(posterior.sample(noise=rng.normal(SEED, b.index, like=posterior.mean, stream=rng.Stream.POSTERIOR)))
+    loss = 0.5 * (F.relu(1 - reference(x)).mean() + F.relu(1 + reference(r)).mean())
+    for p, gradient in zip(reference.parameters(), torch.autograd.grad(loss, list(reference.parameters()))):
+        p.grad = gradient
+    adam.step()
+    tokenizer_step(s, 2, [b])
+    for p, q in zip(s.discriminator.parameters(), reference.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+        assert float(s.optimizer_disc.state[p]["step"]) == float(adam.state[q]["step"]) == 3
+
+
+def test_the_autoencoders_loss_leaves_no_gradient_in_the_discriminator():
+    """Else the discriminator would also step along the generator's gradient."""
+    s = state()
+    twin = copy.deepcopy(s.discriminator)
+    b = batch()
+    tokenizer_step(s, 0, [b])
+    t = state()
+    t.discriminator = twin
+    d = plain_losses(t, b, 1.0, 1.0)["d_loss"]
+    assert_gradients(s.optimizer_disc, s.discriminator.parameters(), torch.autograd.grad(d, list(twin.parameters())))
+    assert all(p.grad is None for p in s.discriminator.parameters())
+
+
+@pytest.mark.parametrize("proj_fix", [True, False])
+def test_proj_fix_keeps_the_projection(proj_fix):
+    s = state(proj_fix=proj_fix)
+    before = copies(s.projection, s.autoencoder)
+    tokenizer_step(s, 0, [batch()])
+    assert same(before[0], s.projection) is proj_fix and not same(before[1], s.autoencoder)
+    assert ("linear_proj.weight" in s.trained()) is not proj_fix
+    assert "linear_proj.weight" in s.groups()["model"], "saved either way"
+
+
+def test_without_alignment_there_is_no_projection():
+    s = state(vf=False)
+    values = tokenizer_step(s, 0, [batch()])
+    assert values["mdms"] == values["mcos"] == values["vf_loss"] == 0 and torch.isfinite(values["loss"])
+    assert not any(name.startswith("linear_proj") for name in s.groups()["model"])
+
+
+def test_frozen_networks_stay_and_get_no_gradients():
+    s = state()
+    before = copies(s.foundation, s.perceptual)
+    tokenizer_step(s, 0, [batch()])
+    assert same(before[0], s.foundation) and same(before[1], s.perceptual)
+    assert all(p.grad is None for network in (s.foundation, s.perceptual) for p in network.parameters())
+
+
+def test_a_bad_gradient_of_either_network_leaves_both():
+    for spoil in ("discriminator", "autoencoder"):
+        s = state()
+        tokenizer_step(s, 0, [batch()])
+        with torch.no_grad():
+            if spoil == "discriminator":
+                s.discriminator.main[0].bias[0] = float("inf")
+            else:
+                s.autoencoder.decoder.conv_out.bias[0] = float("nan")
+        before = copies(s.autoencoder, s.projection, s.discriminator)
+        moments = [v.clone() for o in (s.optimizer, s.optimizer_disc) for p in o.state for v in o.state[p].values()]
+        tokenizer_step(s, 1, [batch(first=4)])
+        for saved, module in zip(before, (s.autoencoder, s.projection, s.discriminator)):
+            for name, value in saved.items():
+                torch.testing.assert_close(module.get_parameter(name), value, rtol=0, atol=0, equal_nan=True)
+        now = [v for o in (s.optimizer, s.optimizer_disc) for p in o.state for v in o.state[p].values()]
+        assert all(torch.equal(a, b) for a, b in zip(moments, now)) and int(s.guard.skipped) == 1
+
+
+def test_each_network_is_clipped_by_its_own_norm():
+    s, free = state(max_grad_norm=1e-3), state()
+    clipped, whole = tokenizer_step(s, 0, [batch()]), tokenizer_step(free, 0, [batch()])
+    torch.testing.assert_close(clipped["grad_norm"], whole["grad_norm"])
+    p = next(iter(s.trained().values()))
+    ratio = s.optimizer.state[p]["exp_avg"].norm() / free.optimizer.state[next(iter(free.trained().values()))]["exp_avg"].norm()
+    torch.testing.assert_close(ratio, 1e-3 / whole["grad_norm"], rtol=1e-3, atol=0)
+
+
+def test_groups_bring_a_fresh_state_to_the_same_next_step():
+    """Saved before the GAN starts, and after."""
+    for done in (1, 4):
+        straight = state(disc_start=5)
+        for step in range(done):
+            tokenizer_step(straight, step, [batch(first=4 * step)])
+        groups = {group: {k: v.clone() for k, v in tensors.items()} for group, tensors in straight.groups().items()}
+        assert groups.keys() == {"model", "discriminator", "optimizer", "optimizer_disc", "guard"}
+        resumed = state(disc_start=5)
+        resumed.load_groups(groups, "x")
+        for step in (done, done + 1):
+            for s in (straight, resumed):
+                tokenizer_step(s, step, [batch(first=4 * step)])
+        for group, tensors in straight.groups().items():
+            assert all(torch.equal(value, resumed.groups()[group][name]) for name, value in tensors.items()), (done, group)
+
+
+def test_the_learning_rate_decays_at_the_end():
+    s = state(decay_fraction=0.5, max_steps=4)
+    assert [s.learning_rate(step) for step in range(4)] == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3])
+
+
+def test_a_step_never_waits_for_the_device():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoHostSync(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.name().split(".")[0] not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), func.name()
+            return func(*args, **(kwargs or {}))
+
+    s = state(max_grad_norm=1.0)
+    tokenizer_step(s, 0, [batch()])
+    with NoHostSync():
+        values = tokenizer_step(s, 1, [batch(2, 4), batch(2, 6)])
+    assert all(v.shape == () and not v.requires_grad for v in values.values())
