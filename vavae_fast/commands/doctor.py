@@ -1,5 +1,6 @@
 """Say what works on this machine, what is missing, which operators are fused and why not, and how to get the rest."""
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -89,10 +90,18 @@ def _operators(torch) -> str:
 
 
 def _found(module: str) -> bool:
+    """Whether a module is there, without importing it or the packages around it."""
+    name, *inner = module.split(".")
     try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+    except ValueError:
         return False
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        name = f"{name}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec is not None
 
 
 def _has_metadata(distribution: str) -> bool:

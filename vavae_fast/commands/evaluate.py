@@ -1,5 +1,6 @@
 """Score samples against a reference by ADM's metrics, or a tokenizer by how well it reconstructs images."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,9 @@ def run(plan: "EvaluatePlan | ReconstructionPlan") -> dict[str, Any]:
         result = reconstruction_scores(plan)
     _print_table(result)
     if plan.json:
-        artifacts.write_json(plan.json, artifacts.manifest("metrics", **result))
+        # JSON has no word for infinity, which is the PSNR of equal images.
+        written = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in result.items()}
+        artifacts.write_json(plan.json, artifacts.manifest("metrics", **written))
     return result
 
 

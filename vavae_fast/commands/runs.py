@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vavae_fast import artifacts
 from vavae_fast.config import Config, flatten, to_mapping, to_yaml
@@ -46,22 +46,33 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; a second holder is `BadInput`. The lock dies with its holder.
-
-    Its file stays: were it removed, a third process could lock a new one beside a second that waits at the old.
-    """
+    """Hold `folder` for this process; a second holder is `BadInput`. The lock dies with its holder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(file) or not _still_at(path, file):
             file.seek(0)
-            raise BadInput(f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it, or choose another train.exp_name") from None
+            raise BadInput(f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it, or choose another train.exp_name")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _still_at(path: Path, file: TextIO) -> bool:
+    """Whether the locked file is the one that others will find: its last holder may have removed it since it was opened."""
+    return path.exists() and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
 
 
 def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:

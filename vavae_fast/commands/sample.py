@@ -39,6 +39,7 @@ class SamplePlan:
     png: bool
     model: Any
     tokenizer: Any
+    transport: Any
     stats: Any  # (mean, std), each (1, C, 1, 1)
     facts: dict[str, Any]  # into manifest.json: what the images are a function of
 
@@ -67,6 +68,7 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
 
     from vavae_fast.commands import build
 
+    transport = build.transport(config.transport, config.train.fused)
     model, identity = build.trained_lightningdit(config, args.checkpoint, args.weights)
     tokenizer = build.tokenizer(config)
     stats = _latent_statistics(config)
@@ -76,7 +78,7 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
         cfg_scale=s.cfg_scale, cfg_interval=[s.cfg_interval_start, s.cfg_interval_end], cfg_channels=s.cfg_channels, shift=s.timestep_shift,
         precision=s.precision, preset=args.preset, checkpoint=identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
     )  # fmt: skip
-    plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, model, tokenizer, stats, facts)
+    plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, model, tokenizer, transport, stats, facts)
     _require_same_draw(plan)
     return plan
 
@@ -200,7 +202,7 @@ def _draw(plan: SamplePlan, world) -> None:
     latents = generate_latents(
         predict, torch.from_numpy(plan.labels).to(world.device), (config.model.in_chans, config.latent_size, config.latent_size),
         _sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes,
-        transport=build.transport(config.transport, config.train.fused), batch_size=size, indices=wanted,
+        transport=plan.transport, batch_size=size, indices=wanted,
     )  # fmt: skip
     started, drawn, said = time.perf_counter(), 0, 0.0
     for index, images in generate_images(latents, decode, LatentScale(mean, std, config.data.latent_multiplier)):

@@ -63,7 +63,10 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.data.data_path or "path/to/" in config.data.data_path)
     path = None if placeholder else given_path(config.data.data_path, "data.data_path", "the folder of latents that vavae-fast extract wrote")
+    from vavae_fast.commands import build
+
     latents, model = _latents(config, path), _on_meta(config)
+    build.transport(config.transport, config.train.fused)
     if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
         _start_weights(config, model)

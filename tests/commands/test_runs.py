@@ -1,0 +1,112 @@
+"""Run folders: one holder at a time, compared with the config that made them."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from tiny import copy
+
+from vavae_fast.commands.runs import check_run_folder, locked, start_run
+from vavae_fast.config import load_config, to_yaml
+from vavae_fast.errors import BadInput
+from vavae_fast.training.checkpoint import save_checkpoint
+
+
+def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
+    folder = tmp_path / "run"
+    with locked(folder):
+        with pytest.raises(BadInput, match=rf"in use by process {os.getpid()} on \S+; wait for it") as caught, locked(folder):
+            pass
+        assert "\n" not in str(caught.value)
+    with locked(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_the_lock_dies_with_its_holder(tmp_path):
+    """A killed process leaves the file, not the lock."""
+    code = f"from vavae_fast.commands.runs import locked\nfrom pathlib import Path\nimport time\nwith locked(Path({str(tmp_path)!r})): time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "run.lock").exists() or not (tmp_path / "run.lock").read_text():
+            assert time.monotonic() < deadline and holder.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(BadInput, match=f"in use by process {holder.pid}"), locked(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (tmp_path / "run.lock").exists()
+    with locked(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / "run.lock").read_text()
+
+
+def test_a_lock_file_that_its_holder_has_removed_is_no_lock(tmp_path, monkeypatch):
+    """Opened before the holder removed it, locked after: others would lock a new file of that name."""
+    import fcntl
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: (real(file, how), (tmp_path / "run.lock").unlink())[0])
+    with pytest.raises(BadInput, match="in use by another process"), locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A run of the tiny config with a checkpoint, and that config."""
+    config = load_config(tiny.root / "dit.yaml")
+    start_run(tmp_path / "run", config, {})
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, {}, {})
+    return tmp_path / "run", config
+
+
+def test_the_same_config_continues(run):
+    folder, config = run
+    assert check_run_folder(folder, config, "auto", ()) is True
+    assert (folder / "config.yaml").read_text() == to_yaml(config)
+
+
+def test_a_folder_without_checkpoints_is_new_whatever_its_config(run, tmp_path):
+    folder, config = run
+    (folder / "checkpoints" / "step_00000001" / "manifest.json").unlink()
+    assert check_run_folder(folder, replace(config, optimizer=replace(config.optimizer, lr=9.0)), "never", ()) is False
+    assert check_run_folder(tmp_path / "none", config, "never", ()) is False and not (tmp_path / "none").exists()
+
+
+def test_differences_are_named_five_at_most(run):
+    folder, config = run
+    changed = replace(config, optimizer=replace(config.optimizer, lr=9.0, beta2=0.5, weight_decay=1.0, warmup_steps=5, max_grad_norm=None,
+                                                decay_fraction=0.5))  # fmt: skip
+    with pytest.raises(BadInput) as caught:
+        check_run_folder(folder, changed, "auto", ())
+    message = str(caught.value)
+    assert message.count("--override") == 5 and "optimizer.lr was 0.001, is 9.0" in message and "\n" not in message
+    keys = ("lr", "beta2", "weight_decay", "warmup_steps", "max_grad_norm", "decay_fraction")
+    assert check_run_folder(folder, changed, "auto", [f"optimizer.{key}" for key in keys]) is True
+
+
+@pytest.mark.parametrize("free", [dict(max_steps=9), dict(log_every=9), dict(micro_batch_size=2), dict(keep_last=3), dict(fused=True)])
+def test_keys_that_do_not_change_the_result_are_free(run, free):
+    folder, config = run
+    assert check_run_folder(folder, replace(config, train=replace(config.train, **free)), "auto", ()) is True
+
+
+@pytest.mark.parametrize("bound", [dict(global_batch_size=8), dict(global_seed=1), dict(ema_decay=0.5), dict(precision="bf16")])
+def test_keys_that_change_it_are_not(run, bound):
+    folder, config = run
+    with pytest.raises(BadInput, match=f"--override train.{next(iter(bound))}"):
+        check_run_folder(folder, replace(config, train=replace(config.train, **bound)), "auto", ())
+
+
+def test_a_second_training_of_one_run_is_refused(tiny, tmp_path, capsys):
+    from vavae_fast.cli import main
+
+    folder = copy(tiny.dit_run, tmp_path / "runs" / "dit")
+    capsys.readouterr()
+    with locked(folder):
+        assert main(["train", *tiny.dit(tmp_path / "runs")]) == 2
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
