@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import vavae_kernels
 from torch import Tensor
+
+import vavae_kernels
 
 
 def vf_loss(
