@@ -53,12 +53,14 @@ def test_verdict_follows_the_numbers(tmp_path):
     plan = small_plan(tmp_path)
 
     def metrics(values):
-        arms = {arm: {"lightningdit": {str(b): {"unguided": {"frechet": v}} for b in plan.budgets}} for arm, v in zip(ARMS, values)}
-        return {"arms": arms}
+        scores = {arm: {"frechet": f, "agreement": a} for arm, (f, a) in zip(ARMS, values)}
+        return {"arms": {arm: {"lightningdit": {str(b): {"unguided": scores[arm]} for b in plan.budgets}} for arm in ARMS}}
 
-    better, worse = demo_judge.verdict(plan, metrics((50, 40, 45))), demo_judge.verdict(plan, metrics((40, 50, 45)))
-    assert all("is lower with VF alignment (40.0) than without (50.0)" in line and "better than the untrained" in line for line in better)
-    assert all("is not lower with VF alignment" in line and "control does as well or better (45.0)" in line for line in worse)
+    for line in demo_judge.verdict(plan, metrics([(50, 0.9), (40, 0.95), (45, 0.97)])):
+        assert "95.0% with VF alignment is better than 90.0% without and no better than 97.0% with the untrained control" in line
+        assert "40.0 with VF alignment is better than 50.0 without and better than 45.0" in line
+    for line in demo_judge.verdict(plan, metrics([(40, 0.95), (50, 0.9), (50, 0.9)])):
+        assert "is no better than 95.0% without" in line and "is no better than 40.0 without and no better than 50.0" in line
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

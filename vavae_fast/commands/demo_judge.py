@@ -127,15 +127,24 @@ def table(plan: DemoPlan, metrics: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def verdict(plan: DemoPlan, metrics: dict[str, Any]) -> list[str]:
     """What the numbers say about the paper's point, whichever way they fall."""
-    few, more = map(str, plan.budgets)
-
-    def frechet(arm: str, budget: str) -> float:
-        return metrics["arms"][arm]["lightningdit"][budget]["unguided"]["frechet"]
-
     lines = []
-    for budget in (few, more):
-        off, on, control = (frechet(arm, budget) for arm in ARMS)
-        change = f"{'lower' if on < off else 'not lower'} with VF alignment ({on:.1f}) than without ({off:.1f})"
-        rest = "the untrained control does as well or better" if control <= on else "better than the untrained control"
-        lines.append(f"after {budget} steps the Fréchet distance is {change}; {rest} ({control:.1f})")
+    for budget in map(str, plan.budgets):
+        scores = {arm: metrics["arms"][arm]["lightningdit"][budget]["unguided"] for arm in ARMS}
+        lines.append(f"after {budget} steps, unguided: " + "; ".join(_comparison(scores, *measure) for measure in _MEASURES))
     return lines
+
+
+# name, key, factor for display, digits, whether more is better
+_MEASURES = (("in the requested class", "agreement", 100, "%", True), ("Fréchet distance", "frechet", 1, "", False))
+
+
+def _comparison(scores: dict[str, dict[str, float]], name: str, key: str, factor: float, unit: str, more_is_better: bool) -> str:
+    """`off` against `on`, and the control against `on`."""
+    off, on, control = (scores[arm][key] for arm in ARMS)
+    sign = 1 if more_is_better else -1
+
+    def word(a: float, b: float) -> str:
+        return "better than" if sign * a > sign * b else "no better than"
+
+    shown = [f"{factor * value:.1f}{unit}" for value in (on, off, control)]
+    return f"{name}, {shown[0]} with VF alignment is {word(on, off)} {shown[1]} without and {word(on, control)} {shown[2]} with the untrained control"

@@ -10,7 +10,7 @@ from vavae_fast.commands.invoke import run_command
 ARMS = {"no-vf": "without VF alignment", "vf": "aligned with a self-supervised stand-in", "random": "aligned with an untrained encoder (control)"}
 SHOWN = "vf"  # whose samples are samples.npz
 TRAIN, TEST = "builtin:digits/train", "builtin:digits/test"
-SAMPLES = 500
+SAMPLES = 400
 GUIDANCE = {"unguided": 1.0, "guided": None}  # None: the config's cfg_scale
 
 
