@@ -5,6 +5,7 @@ untrained encoder as control. Every stage is the command of that name; only the 
 """
 
 import os
+import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -126,6 +127,7 @@ def _one_thread(processes: int) -> None:
     die_with_parent()
     if processes > 1:
         torch.set_num_threads(1)
+        sys.stdout.isatty = lambda: False  # several progress lines cannot share one line of a terminal
 
 
 def _timed(name: str, function: Any, arguments: tuple) -> dict[str, Any]:
