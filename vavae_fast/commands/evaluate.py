@@ -148,6 +148,9 @@ def _plan_reconstruction(args, metrics: list[str]) -> ReconstructionPlan:
     for flag, value in (("--config", args.config), ("--images", args.images)):
         if not value:
             raise BadInput(f"{flag}: needed with --reconstruction")
+    for flag, value, what in (("--vgg", args.vgg, "VGG16 weights (vgg16-397923af.pth)"), ("--lpips", args.lpips, "linear weights (vgg.pth)")):
+        if "lpips" in metrics and not value:
+            raise BadInput(f"{flag}: missing; LPIPS needs its {what}; give the file, or leave lpips out of --metrics")
     config = load_config(args.config, tuple(args.overrides))
     from vavae_fast.commands import build
     from vavae_fast.data import open_images

@@ -48,19 +48,20 @@ def plan(config: None, args) -> ExportPlan:
 def run(plan: ExportPlan) -> Path:
     """The reference reads {"ema": ...} of a LightningDiT .pt and {"state_dict": ...} of a tokenizer's."""
     import torch
-    from safetensors.torch import save_file
 
-    from vavae_fast.training.checkpoint import load_checkpoint
+    from vavae_fast.training.checkpoint import load_checkpoint, write_tensors
 
     groups, manifest = load_checkpoint(plan.checkpoint, plan.weights)
     state = groups[plan.weights]
     facts = dict(weights=plan.weights, step=str(manifest["step"]), stage=str(manifest.get("stage")))
     with artifacts.replacing(plan.out) as temporary:
         if plan.out.suffix == ".safetensors":
-            save_file(state, temporary, metadata=facts)
-            temporary.chmod(0o644)
+            write_tensors(temporary, state, facts)
         else:
             key = "state_dict" if manifest.get("architecture") else plan.weights
-            torch.save({key: state, "step": manifest["step"]}, temporary)
+            try:
+                torch.save({key: state, "step": manifest["step"]}, temporary)
+            except RuntimeError as error:  # how its writer reports a full disk
+                raise BadInput(f"{plan.out}: cannot be written ({str(error).splitlines()[0]}); make room, or choose another folder") from None
     print(f"export  {plan.weights} weights of {plan.checkpoint} -> {plan.out}")
     return plan.out

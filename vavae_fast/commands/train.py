@@ -67,6 +67,8 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
 
     latents, model = _latents(config, path), _on_meta(config)
     build.transport(config.transport, config.train.fused)
+    if not args.dry_run:
+        artifacts.require_space(folder, 16 * sum(p.numel() for p in model.parameters()))
     if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
         _start_weights(config, model)

@@ -60,8 +60,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     """Check everything. What needs no torch comes first."""
     require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")
     processes = args.world_size or world_size()
-    micro_batch = config.train.micro_batch_size or min(config.data.params.batch_size, max(1, config.global_batch_size // processes))
-    micro, accumulated = accumulation(config.global_batch_size, micro_batch, processes)
+    micro, accumulated = accumulation(config.global_batch_size, config.train.micro_batch_size or config.data.params.batch_size, processes)
     folder = run_folder(config, args.config)
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.image_path or "path/to" in config.image_path)
@@ -76,7 +75,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
         from vavae_fast.data import open_images
 
         images = open_images(path or config.image_path, size=config.image_size, crop=config.data.crop)
-    foundation, perceptual = _check_networks(config, resumes, args.dry_run)
+    foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run)
     return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, foundation, perceptual)
 
 
@@ -103,7 +102,7 @@ def _steps(config: TokenizerConfig, images) -> int | None:
     return math.ceil((config.lightning.trainer.max_epochs or RECIPE_EPOCHS) * len(images) / config.global_batch_size)
 
 
-def _check_networks(config: TokenizerConfig, resumes: bool, dry_run: bool) -> tuple[Any, Any]:
+def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_run: bool) -> tuple[Any, Any]:
     """The frozen networks, loaded unless this is a dry run; and whether those to be trained can be built and started."""
     import torch
 
@@ -116,6 +115,8 @@ def _check_networks(config: TokenizerConfig, resumes: bool, dry_run: bool) -> tu
     if config.image_size < networks[2].smallest_image:
         found = f"data.image_size {config.image_size} leaves no patch for a discriminator of {networks[2].n_layers} layers"
         raise BadInput(f"model.params.lossconfig.params.disc_num_layers: {found}, which needs {networks[2].smallest_image} pixels; lower it")
+    if not dry_run:
+        artifacts.require_space(folder, 12 * sum(p.numel() for network in (networks[0], networks[2]) for p in network.parameters()))
     if config.start_weights and not resumes:
         build.start_tokenizer(Path(config.start_weights), *networks)
     return foundation, perceptual

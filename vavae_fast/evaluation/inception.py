@@ -46,7 +46,7 @@ def load_inception(path: Path | str | None, device: torch.device | str = "cpu") 
         raise BadInput(f"{path}: no such file, so there are no Inception weights; {cure}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: not a PyTorch state dict ({type(error).__name__}); {cure}") from None
     network = Inception()
     wanted, found = _shapes(network.state_dict()), _shapes(state) if isinstance(state, dict) else {}

@@ -30,7 +30,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 # Where checkpoints keep the state dict, when it is not the file itself.
 _CONTAINERS = ("state_dict", "model", "ema")
 # What PyTorch's restricted unpickler and zip reader raise on bytes that are damaged or were never theirs.
-_DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError,
+_DAMAGED = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError,
             ImportError, MemoryError, struct.error, zipfile.BadZipFile)  # fmt: skip
 # Keys of a VA-VAE training checkpoint that are not the autoencoder.
 _TRAINING_ONLY = ("foundation_model.", "loss.", "linear_proj.")

@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, groups: Groups, facts: dict[str, An
         files = {}
         for group, tensors in groups.items():
             path = temporary / f"{group}.safetensors"
-            _write_tensors(path, tensors)
+            write_tensors(path, tensors)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": artifacts.sha256(path)}
         artifacts.write_json(temporary / "manifest.json", artifacts.manifest("checkpoint", step=step, files=files, **facts))
     if keep_last is not None:
@@ -63,9 +63,10 @@ def _make_way(final: Path) -> None:
     final.rename(aside)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that others may read; `BadInput` when the disk is full."""
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
     except SafetensorError as error:  # how its writer reports a full disk
         raise BadInput(f"{path}: cannot be written ({error}); make room, or choose another folder") from None
     path.chmod(0o644)
