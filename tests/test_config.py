@@ -93,6 +93,7 @@ def test_presets_are_sample_keys(tmp_path, preset):
         ("train.max_steps=1.5", ["train.max_steps: expected a whole number, got 1.5"]),
         ("train.keep_last=1", ["train.keep_last: must be 2 or more"]),
         ("train.ckpt=a.pt", ["train.ckpt", "train.weight_init"]),
+        ("data.valid_path=latents/valid", ["data.valid_path: must be null", "evaluate"]),
         ("train.ema_decay=1.0", ["train.ema_decay"]),
         ("train.global_seed=-1", ["train.global_seed"]),
         ("train.precision=fp16", ["train.precision: expected one of auto, bf16, fp32"]),

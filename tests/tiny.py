@@ -1,7 +1,10 @@
 """The pipeline in miniature for tests of whole stages: 16 images of 16 pixels, f8 latents of 2 x 2, networks of a few thousand weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +95,14 @@ def prepare(root: Path) -> Tiny:
 def done(*words: str) -> None:
     """Run a command; it must succeed."""
     assert main(list(words)) == 0, words
+
+
+def launched(processes: int, *words: str, success: bool = True) -> subprocess.CompletedProcess:
+    """Run a command on several processes, over gloo, as torchrun starts them."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "vavae_fast", *words]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (result.returncode == 0) is success, result.stderr
+    return result
 
 
 def metrics(run: Path) -> list[dict]:

@@ -25,7 +25,7 @@ class DataConfig:
     """`data:` of a LightningDiT config."""
 
     data_path: str | None = None  # latent shards and latents_stats.pt
-    valid_path: str | None = None  # latent shards of a validation set; its loss is logged at every checkpoint
+    valid_path: str | None = None  # must be null: the reference's code for it calls a function that is not there
     fid_reference_file: str | None = None
     image_size: int = 256
     num_classes: int = 1000
@@ -37,6 +37,7 @@ class DataConfig:
     flip: bool = True  # take the mirrored latent half of the time, as the reference does
 
     def __post_init__(self):
+        require(self.valid_path is None, "valid_path", self.valid_path, "null: no validation loss is computed; score samples with evaluate")
         require(self.image_size > 0, "image_size", self.image_size, "above 0")
         require(self.num_classes > 0, "num_classes", self.num_classes, "above 0")
         require(self.latent_multiplier > 0, "latent_multiplier", self.latent_multiplier, "above 0")

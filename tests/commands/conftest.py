@@ -24,11 +24,13 @@ def start(tmp_path_factory) -> Tiny:
 @pytest.fixture(scope="session")
 def tiny(start: Tiny) -> Tiny:
     """train-tokenizer, extract, train: four steps each, ready to be sampled."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     done("train-tokenizer", *start.tokenizer())
     done("extract", "--config", str(start.root / "tokenizer.yaml"), "--checkpoint", str(start.tokenizer_run), "--images", str(start.images),
          "--out", str(start.latents), "--shard-size", "6", "--batch", "4")  # fmt: skip
     done("train", *start.dit())
+    torch.set_num_threads(threads)
     return start
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import contents, done, files
+from tiny import contents, done, files, launched
 
 from vavae_fast import rng
 from vavae_fast.cli import main
@@ -56,6 +56,20 @@ def test_interrupted_and_continued_it_is_the_same_bytes(tiny, out, capsys):
     capsys.readouterr()
     done(*words(tiny, out))
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before, "nothing left to do"
+
+
+@pytest.mark.slow  # starts six interpreters
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
+def test_two_processes_write_the_same_bytes_as_one(tiny, out):
+    """Shards are shared out whole; then two processes draw samples, to the same pixels as one."""
+    launched(2, *words(tiny, out / "latents"))
+    assert contents(out / "latents", "*.safetensors") == contents(tiny.latents, "*.safetensors")
+    assert (out / "latents" / "latents_stats.pt").read_bytes() == (tiny.latents / "latents_stats.pt").read_bytes()
+    drawing = ["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out"]
+    launched(2, *drawing, str(out / "two"))
+    done(*drawing, str(out / "one"))
+    assert files(out / "two") == files(out / "one") == ["manifest.json", "samples.npz", "samples.png"]
+    assert (out / "two" / "samples.png").read_bytes() == (out / "one" / "samples.png").read_bytes()
 
 
 def test_only_statistics(tiny, out):
