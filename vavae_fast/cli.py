@@ -12,7 +12,7 @@ import traceback
 
 from vavae_fast import __version__
 from vavae_fast.commands.invoke import run_command
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, Interrupted
 
 COMMANDS = {
     "demo": "the whole pipeline on embedded digits, in minutes, CPU or GPU",
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _complain(str(error))
+    except Interrupted:
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

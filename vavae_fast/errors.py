@@ -1,10 +1,14 @@
-"""The one exception for what a user can get wrong. `cli.main` prints it as one line and exits with status 2."""
+"""What a user can get wrong, which `cli.main` prints as one line with status 2; and the stop that a user asked for."""
 
 from typing import Any
 
 
 class BadInput(ValueError):
     """Wrong input. The message is one line: the culprit, what was found, what was expected, the cure."""
+
+
+class Interrupted(Exception):
+    """A signal ended the stage early; what it had is saved, and the same command continues. `cli.main` leaves with 0."""
 
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:

@@ -100,7 +100,7 @@ def _tasks(plan: DemoPlan) -> list[Task]:
 
 
 def _run_graph(pool: ProcessPoolExecutor, tasks: list[Task], timeline: Timeline) -> None:
-    """Start each task when what it waits for is done and a process is free; the first failure ends all."""
+    """Start each task when what it waits for is done and a process is free; the first failure, or a signal, ends all."""
     waiting, running, done = list(tasks), {}, set()
     while waiting or running:
         for task in [t for t in waiting if set(t[1]) <= done]:

@@ -9,7 +9,7 @@ from typing import Any
 from vavae_fast import artifacts
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, start_run
 from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_yaml, world_size
-from vavae_fast.errors import BadInput, require
+from vavae_fast.errors import BadInput, Interrupted, require
 
 EXAMPLE = "vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data_path=latents/train --fused"
 CONFIG = LightningDiTConfig
@@ -165,6 +165,8 @@ def _run(plan: TrainPlan, world) -> Path:
         done = train(state, dit_step, steps, settings, world, log, start)
     log.say(f"step {done} of {c.max_steps}: {plan.folder}")
     log.close()
+    if done < c.max_steps:
+        raise Interrupted(f"{plan.folder}: stopped at step {done} of {c.max_steps}")
     return plan.folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vavae_fast import artifacts
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, start_run
 from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_yaml, world_size
-from vavae_fast.errors import BadInput, require
+from vavae_fast.errors import BadInput, Interrupted, require
 
 EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
 CONFIG = TokenizerConfig
@@ -173,6 +173,8 @@ def _run(plan: TokenizerPlan, world) -> Path:
         done = train(state, tokenizer_step, steps, settings, world, log, start)
     log.say(f"step {done} of {plan.max_steps}: {plan.folder}")
     log.close()
+    if done < plan.max_steps:
+        raise Interrupted(f"{plan.folder}: stopped at step {done} of {plan.max_steps}")
     return plan.folder
 
 
