@@ -1,7 +1,5 @@
 """export: one file, in our format or the reference's layout, that gives back the same weights."""
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -77,4 +75,3 @@ def test_a_tokenizer_has_no_ema(tiny, out, capsys):
 def test_dry_run_writes_nothing(tiny, out, capsys):
     done("export", "--run", str(tiny.dit_run), "--out", str(out / "a.pt"), "--dry-run")
     assert "ema weights of" in capsys.readouterr().out and not out.exists()
-    json.dumps(files(tiny.dit_run))
