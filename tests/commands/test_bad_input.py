@@ -236,6 +236,7 @@ def test_a_truncated_image_is_named(tiny, box, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(bad)
     bad.write_bytes(bad.read_bytes()[:700])
     sees_one_line(capsys, extraction(tiny, "images"), ["bee/3.jpg"], box)
+    sees_one_line(capsys, ["train-tokenizer", *tiny.tokenizer(box / "runs"), "data.path=images"], ["bee/3.jpg"], box)
 
 
 def damaged(path, how):

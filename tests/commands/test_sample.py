@@ -147,7 +147,8 @@ def test_presets_and_defaults_name_the_folder(tiny, tmp_path):
     run = copy(tiny.dit_run, tmp_path / "runs" / "dit")
     done("sample", *tiny.dit(tmp_path / "runs"), "--checkpoint", str(run), "--num", "2", "--preset", "paper-64ep", "--seed", "7")
     manifest = json.loads((run / "samples-cfg10-seed7" / "manifest.json").read_text())
-    assert manifest["facts"]["steps"] == 250 and manifest["facts"]["cfg_interval"] == [0.1, 1.0] and manifest["facts"]["preset"] == "paper-64ep"
+    facts = manifest["facts"]
+    assert (facts["sampler"]["num_steps"], facts["sampler"]["cfg_interval_start"], facts["preset"]) == (250, 0.1, "paper-64ep")
 
 
 def test_without_normalisation_no_statistics_are_needed(tiny, out):

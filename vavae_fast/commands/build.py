@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vavae_fast import artifacts
 from vavae_fast.config import Config, LightningDiTConfig, TokenizerConfig, given_path
+from vavae_fast.data.images import Images, open_images
 from vavae_fast.errors import BadInput
 from vavae_fast.flow import create_transport
 from vavae_fast.flow.transport import Transport
@@ -146,6 +147,17 @@ def trained_lightningdit(config: LightningDiTConfig, checkpoint: str | None, whi
     model = lightningdit(config)
     load_strict(model, state, identity["path"])
     return model.eval().requires_grad_(False), identity
+
+
+CHECKED_WHOLE = 2000  # images of a set that is decoded before the stage begins; of a larger one a bad image shows when it is read
+
+
+def images(path: Path | str, size: int, crop: str = "center") -> Images:
+    """The images at `path`, those of a small set all decoded once, so that a bad one is named before anything is written."""
+    opened = open_images(path, size=size, crop=crop)
+    if len(opened) <= CHECKED_WHOLE:
+        opened.check(decode_all=True)
+    return opened
 
 
 # -- what a tokenizer is trained with --------------------------------------------------------------------------------

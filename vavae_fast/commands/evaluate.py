@@ -131,9 +131,9 @@ class _Folder:
 
 
 def _folder(path: str, size: int, batch: int) -> _Folder:
-    from vavae_fast.data import open_images
+    from vavae_fast.commands import build
 
-    return _Folder(path, open_images(path, size=size), batch)
+    return _Folder(path, build.images(path, size), batch)
 
 
 def _inception(path: str | None) -> Any:
@@ -153,12 +153,11 @@ def _plan_reconstruction(args, metrics: list[str]) -> ReconstructionPlan:
             raise BadInput(f"{flag}: missing; LPIPS needs its {what}; give the file, or leave lpips out of --metrics")
     config = load_config(args.config, tuple(args.overrides))
     from vavae_fast.commands import build
-    from vavae_fast.data import open_images
     from vavae_fast.evaluation import require_count
     from vavae_fast.models import LPIPS
 
     size = args.image_size or (config.data.image_size if isinstance(config, LightningDiTConfig) else config.image_size)
-    images = open_images(args.images, size=size)
+    images = build.images(args.images, size)
     tokenizer = build.tokenizer(config, args.checkpoint)
     if "rfid" in metrics:
         require_count(len(images), ["fid"], str(args.images))

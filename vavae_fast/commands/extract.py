@@ -78,9 +78,8 @@ def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
     import torch
 
     from vavae_fast.commands import build
-    from vavae_fast.data import open_images
 
-    images = open_images(source, size=config.data.image_size if is_dit else config.image_size)
+    images = build.images(source, config.data.image_size if is_dit else config.image_size)
     if is_dit and len(images.classes) > config.data.num_classes:
         found = f"{len(images.classes)} class folders, data.num_classes is {config.data.num_classes}"
         raise BadInput(f"{source}: {found}; set data.num_classes={len(images.classes)}")

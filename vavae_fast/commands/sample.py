@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     out = args.out or run_folder(config, args.config) / f"samples-cfg{config.sample.cfg_scale:g}-seed{seed}"
     artifacts.require_writable(out)
     artifacts.require_space(out, 2 * num * 3 * config.data.image_size**2)
-    _sampler_settings(config.sample)
+    settings = _sampler_settings(config.sample)
     guidable = config.model.class_dropout_prob > 0 or config.sample.cfg_scale <= 1
     require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
     given_path(args.checkpoint or config.ckpt_path, "--checkpoint" if args.checkpoint else "ckpt_path", "the LightningDiT weights")
@@ -72,11 +72,10 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     model, identity = build.trained_lightningdit(config, args.checkpoint, args.weights)
     tokenizer = build.tokenizer(config)
     stats = _latent_statistics(config)
-    s = config.sample
     facts = dict(
-        num=num, seed=seed, labels=args.labels or s.labels, mode=s.mode, method=s.sampling_method, steps=s.num_sampling_steps,
-        cfg_scale=s.cfg_scale, cfg_interval=[s.cfg_interval_start, s.cfg_interval_end], cfg_channels=s.cfg_channels, shift=s.timestep_shift,
-        precision=s.precision, preset=args.preset, checkpoint=identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
+        num=num, seed=seed, labels=args.labels or config.sample.labels, sampler=asdict(settings), precision=config.sample.precision,
+        preset=args.preset, checkpoint=identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
+        latent_norm=config.data.latent_norm, latent_multiplier=config.data.latent_multiplier, transport=asdict(config.transport),
     )  # fmt: skip
     plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, model, tokenizer, transport, stats, facts)
     _require_same_draw(plan)

@@ -99,7 +99,7 @@ def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
 
 def predict(config: LightningDiTConfig, micro: int) -> dict[str, Any]:
     """Parameters, FLOPs an image (forward), bytes of memory and of a checkpoint, from the model on the meta device."""
-    from vavae_fast.models.lightningdit import activation_bytes_per_image, flops_per_image, parameter_count
+    from vavae_fast.models.lightningdit_cost import activation_bytes_per_image, flops_per_image, parameter_count
 
     model = _on_meta(config)
     parameters = parameter_count(model)
@@ -140,7 +140,7 @@ def run(plan: TrainPlan) -> Path:
 
 def _run(plan: TrainPlan, world) -> Path:
     from vavae_fast.data.streams import LatentStream, Share
-    from vavae_fast.models.lightningdit import parameter_count
+    from vavae_fast.models.lightningdit_cost import parameter_count
     from vavae_fast.training.dit import dit_step
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume, train

@@ -72,9 +72,9 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
         _frozen_weights_given(config)
     images = None
     if not placeholder:
-        from vavae_fast.data import open_images
+        from vavae_fast.commands import build
 
-        images = open_images(path or config.image_path, size=config.image_size, crop=config.data.crop)
+        images = build.images(path or config.image_path, config.image_size, config.data.crop)
     foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run)
     return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, foundation, perceptual)
 

@@ -33,10 +33,3 @@ def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
             bucket = []
     if bucket:
         yield bucket
-
-
-def broadcast_weights(module: nn.Module, world: World) -> None:
-    """Give every process the weights and buffers of rank 0."""
-    if world.size > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
