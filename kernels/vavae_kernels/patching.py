@@ -10,6 +10,7 @@ name of its class and then by every part that its forward uses (DiT, SiT, REPA, 
 A module of such a name that differs anywhere is left alone, and the report says why.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
@@ -104,15 +105,33 @@ def _why_not_attention(attention: nn.Module) -> str | None:
     kinds = {None if isinstance(m, nn.Identity) else _norm_kind(m) or "unknown" for m in (attention.q_norm, attention.k_norm)}
     if "unknown" in kinds or len(kinds) > 1:
         return f"its q_norm is a {type(attention.q_norm).__name__}, its k_norm a {type(attention.k_norm).__name__}"
+    if kinds != {None} and attention.q_norm.eps != attention.k_norm.eps:
+        return f"its q_norm has eps {attention.q_norm.eps:g}, its k_norm {attention.k_norm.eps:g}"
     if attention.qkv.out_features % (3 * attention.num_heads):
         return "qkv does not split into three equal sets of heads"
-    return None
+    return _why_not_scale(attention)
 
 
-def _attention_forward(self: nn.Module, x: Tensor, rope: nn.Module | None = None, attn_mask: Tensor | None = None) -> Tensor:
-    """x (B, N, D) -> (B, N, D). `rope` as LightningDiT passes it: a module that holds freqs_cos and freqs_sin."""
-    if attn_mask is not None:
-        return type(self).forward(self, x, attn_mask=attn_mask)
+def _why_not_scale(attention: nn.Module) -> str | None:
+    """Where timm's `fused_attn` is true, PyTorch scales by head_dim ** -0.5; else the module's own `scale` does."""
+    if getattr(attention, "fused_attn", False) or not hasattr(attention, "scale"):
+        return None
+    usual = (attention.qkv.out_features // (3 * attention.num_heads)) ** -0.5
+    if isinstance(attention.scale, float) and math.isclose(attention.scale, usual, rel_tol=1e-6):
+        return None
+    return f"its scale is {attention.scale}, not head_dim ** -0.5 = {usual:g}"
+
+
+def _attention_forward(
+    self: nn.Module, x: Tensor, rope: nn.Module | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """x (B, N, D) -> (B, N, D). `rope` as LightningDiT passes it: a module that holds freqs_cos and freqs_sin.
+
+    The operator has no mask: with one, timm's `attn_mask` or `is_causal`, the module's own forward runs.
+    """
+    if attn_mask is not None or is_causal:
+        given = dict(rope=rope, attn_mask=attn_mask, is_causal=is_causal or None)
+        return type(self).forward(self, x, **{name: value for name, value in given.items() if value is not None})
     cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)
     qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
     q, k = self.q_norm, self.k_norm

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vavae_fast.models import LightningDiT
+from vavae_fast.models._torchvision import import_timm
 from vavae_kernels import patch, patching
 from vavae_kernels.patching import PATCHES
 
@@ -108,6 +109,44 @@ def test_a_dit_block_of_another_code_base(q_norm):
     assert torch.equal(masked, block.attn(x, attn_mask=mask))  # the operator has no mask: the module's own forward runs
 
 
+def test_timms_masks_still_work():
+    """timm's own Attention: patched, `attn_mask` and `is_causal` give what they gave, and without them the operator runs."""
+    timm_attention = import_timm().layers.attention.Attention
+    for keywords in (dict(attn_mask=torch.randn(N, N, dtype=torch.float64)), dict(is_causal=True), dict(is_causal=False), {}):
+        attention = timm_attention(D, H, qk_norm=True, norm_layer=nn.LayerNorm).double()
+        x = torch.randn(2, N, D, dtype=torch.float64)
+        expected = attention(x, **keywords)
+        assert patch(attention).report[""] == "fused: qk_norm_rope_attention"
+        torch.testing.assert_close(attention(x, **keywords), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_mask_keeps_the_rotary_table():
+    class RotaryAttention(Attention):
+        def forward(self, x, rope=None, attn_mask=None):
+            return x + rope if attn_mask is None else x + rope + attn_mask
+
+    RotaryAttention.__name__ = "Attention"
+    attention = RotaryAttention()
+    patch(attention)
+    assert attention(torch.ones(1), rope=torch.ones(1), attn_mask=torch.ones(1)).item() == 3
+
+
+def attention_with(**changes) -> nn.Module:
+    """An Attention with LayerNorm of q and k, and other values at dotted names."""
+    attention = Attention(nn.LayerNorm)
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        setattr(attention.get_submodule(".".join(path)), last, value)
+    return attention
+
+
+@pytest.mark.parametrize("scale, fused_attn, same", [((D // H) ** -0.5, False, True), (0.3, True, True), (0.3, False, False)])
+def test_a_scale_counts_where_the_module_multiplies_by_it(scale, fused_attn, same):
+    report = patch(attention_with(scale=scale, fused_attn=fused_attn)).report[""]
+    usual = f"left: Attention, its scale is 0.3, not head_dim ** -0.5 = {(D // H) ** -0.5:g}"
+    assert report == ("fused: qk_norm_rope_attention" if same else usual)
+
+
 def two_sided_linear(dim: int) -> nn.Module:
     return nn.Linear(dim, dim)
 
@@ -118,6 +157,8 @@ def two_sided_linear(dim: int) -> nn.Module:
         (lambda: DiTBlock(lambda: Attention(dropout=0.1)), "attn", "Attention, its attn_drop (Dropout) is not part of the fused form"),
         (lambda: DiTBlock(lambda: Attention(extra=nn.LayerNorm)), "attn", "Attention, its norm (LayerNorm) is not part of the fused form"),
         (lambda: DiTBlock(lambda: Attention(two_sided_linear)), "attn", "Attention, its q_norm is a Linear, its k_norm a Linear"),
+        (lambda: attention_with(k_norm__eps=1e-3), "", "Attention, its q_norm has eps 1e-05, its k_norm 0.001"),
+        (lambda: attention_with(scale=0.5), "", "Attention, its scale is 0.5, not head_dim ** -0.5 = 0.353553"),
         (lambda: DiTBlock(chunks=7), "", "DiTBlock, its modulation has 7 chunks"),
         (lambda: DiTBlock(chunks=4), "", "DiTBlock, its modulation has 4 chunks"),
         (lambda: DiTBlock(affine=True), "", "DiTBlock, its norm has a bias"),
