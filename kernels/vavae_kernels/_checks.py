@@ -1,6 +1,10 @@
-"""What every public function checks at its door, once: tensors, floating point, one device, shapes."""
+"""What every public function checks at its door, once: tensors, floating point, one device, shapes, numbers."""
 
+import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +16,36 @@ def check(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"{op}: {message}")
 
 
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are plain, floating point and on one device. None stands for an argument left out."""
+def is_integer(value: Any) -> bool:
+    """A whole number of Python or NumPy; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite real number of Python or NumPy; a tensor is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """`value` is a finite number."""
+    check(is_number(value), op, f"{name} must be a finite number, got {value!r}")
+
+
+def check_out_dtype(op: str, dtype: Any) -> None:
+    """None, for the default, or a floating dtype."""
+    known = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    check(known, op, f"out_dtype must be a floating dtype or None, got {dtype!r}")
+
+
+def check_tensors(op: str, *, optional: Mapping[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
+    """All are plain, floating point and on one device; only those of `optional` may be None, for an argument left out."""
+    optional = optional or {}
     device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for name, tensor in {**tensors, **optional}.items():
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{op}: {name} is a DTensor; pass its local shard, {name}.to_local()")
         if not tensor.is_floating_point():

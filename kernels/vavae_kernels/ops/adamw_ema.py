@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check
+from .._checks import arithmetic_dtype, check, is_number
 from .._registry import use_triton
 
 _CHUNK = 1 << 26  # elements updated at a time: bounds the temporaries of the reference to about 1.5 GB
@@ -107,11 +107,12 @@ class AdamWEMA(torch.optim.Optimizer):
         ema_decay: float | None = 0.9999,
         impl: str = "auto",
     ):
-        check(lr >= 0, "AdamWEMA", f"lr must be 0 or more, got {lr}")
-        check(all(0 <= beta < 1 for beta in betas), "AdamWEMA", f"betas must lie in [0, 1), got {betas}")
-        check(eps >= 0, "AdamWEMA", f"eps must be 0 or more, got {eps}")
-        check(weight_decay >= 0, "AdamWEMA", f"weight_decay must be 0 or more, got {weight_decay}")
-        check(ema_decay is None or 0 <= ema_decay <= 1, "AdamWEMA", f"ema_decay must lie in [0, 1] or be None, got {ema_decay}")
+        for name, value in dict(lr=lr, eps=eps, weight_decay=weight_decay).items():
+            check(is_number(value) and value >= 0, "AdamWEMA", f"{name} must be a number, 0 or more, got {value!r}")
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+        check(pair, "AdamWEMA", f"betas must be a pair of numbers in [0, 1), got {betas!r}")
+        decay = ema_decay is None or (is_number(ema_decay) and 0 <= ema_decay <= 1)
+        check(decay, "AdamWEMA", f"ema_decay must be a number in [0, 1] or None, got {ema_decay!r}")
         use_triton("AdamWEMA", impl)
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, ema_decay=ema_decay, capturable=True)
         super().__init__(params, defaults)

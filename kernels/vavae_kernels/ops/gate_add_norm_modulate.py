@@ -54,8 +54,8 @@ def gate_add_norm_modulate(
     Returns new_residual (B, N, D) in residual's dtype and out (B, N, D) in `out_dtype`, by default y's dtype.
     """
     op = "gate_add_norm_modulate"
-    check_tensors(op, residual=residual, y=y)
-    check_adaln(op, residual, {"gate": gate, "scale": scale, "shift": shift}, weight, norm)
+    check_tensors(op, residual=residual, y=y, gate=gate, scale=scale, optional=dict(shift=shift, weight=weight))
+    check_adaln(op, residual, {"gate": gate, "scale": scale, "shift": shift}, weight, norm, eps, out_dtype)
     check_shape(op, "y", y, tuple(residual.shape))
     use_triton(op, impl)
     return gate_add_norm_modulate_reference(residual, y, gate, scale, shift, weight, norm, eps, out_dtype)

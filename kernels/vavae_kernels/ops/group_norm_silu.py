@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_shape, check_tensors
+from .._checks import arithmetic_dtype, check, check_number, check_shape, check_tensors, is_integer
 from .._registry import use_triton
 
 
@@ -38,7 +38,9 @@ def group_norm_silu(
     check_tensors(op, x=x, weight=weight, bias=bias)
     check(x.ndim == 4, op, f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
     channels = x.shape[1]
-    check(num_groups > 0 and channels % num_groups == 0, op, f"{channels} channels do not divide into {num_groups} groups")
+    check(is_integer(num_groups) and num_groups > 0, op, f"num_groups must be an integer above 0, got {num_groups!r}")
+    check_number(op, "eps", eps)
+    check(channels % num_groups == 0, op, f"{channels} channels do not divide into {num_groups} groups")
     check_shape(op, "weight", weight, (channels,))
     check_shape(op, "bias", bias, (channels,))
     use_triton(op, impl)

@@ -11,7 +11,7 @@ Saved   x, scale, rstd (and mean).  HBM bytes a row of D, x at s and y at o byte
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_shape, check_tensors
+from .._checks import arithmetic_dtype, check, check_number, check_out_dtype, check_shape, check_tensors
 from .._registry import use_triton
 
 NORMS = ("rms", "layer")
@@ -59,16 +59,27 @@ def norm_modulate(
 
     norm is "rms" or "layer"; the result is in `out_dtype`, by default scale's dtype.
     """
-    check_adaln("norm_modulate", x, {"scale": scale, "shift": shift}, weight, norm)
-    use_triton("norm_modulate", impl)
+    op = "norm_modulate"
+    check_tensors(op, x=x, scale=scale, optional=dict(shift=shift, weight=weight))
+    check_adaln(op, x, {"scale": scale, "shift": shift}, weight, norm, eps, out_dtype)
+    use_triton(op, impl)
     return norm_modulate_reference(x, scale, shift, weight, norm, eps, out_dtype)
 
 
-def check_adaln(op: str, x: Tensor, modulation: dict[str, Tensor | None], weight: Tensor | None, norm: str) -> None:
-    """x (B, N, D), every modulation (B, D), weight (D,), a known norm."""
-    check_tensors(op, x=x, weight=weight, **modulation)
+def check_adaln(
+    op: str,
+    x: Tensor,
+    modulation: dict[str, Tensor | None],
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """x (B, N, D), every modulation (B, D), weight (D,), a known norm, eps a number, out_dtype floating."""
     check(norm in NORMS, op, f"norm must be 'rms' or 'layer', got {norm!r}")
     check(x.ndim == 3 and x.shape[-1] > 0, op, f"x must be (B, N, D) with D > 0, got shape {tuple(x.shape)}")
+    check_number(op, "eps", eps)
+    check_out_dtype(op, out_dtype)
     for name, tensor in modulation.items():
         check_shape(op, name, tensor, (x.shape[0], x.shape[2]))
     check_shape(op, "weight", weight, (x.shape[2],))

@@ -14,7 +14,7 @@ Saved   qkv, cos, sin (and rstd).  HBM bytes a token of H Dh elements at s bytes
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_no_grad, check_shape, check_tensors
+from .._checks import arithmetic_dtype, check, check_no_grad, check_number, check_shape, check_tensors
 from .._registry import use_triton
 from .norm_modulate import normalized
 
@@ -71,14 +71,16 @@ def qk_norm_rope(
 
     norm is None, "rms" or "layer"; weights and biases (Dh,). cos = sin = None rotates nothing. v is a view of qkv.
     """
-    check_qkv("qk_norm_rope", qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm)
+    check_qkv("qk_norm_rope", qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
     use_triton("qk_norm_rope", impl)
     return qk_norm_rope_reference(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
 
 
-def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias, norm: str | None) -> None:
+def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias, norm: str | None, eps: float) -> None:
     """Shapes of the docstring; weights only beside a norm, biases only beside "layer"."""
-    check_tensors(op, qkv=qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    affine = dict(q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    check_tensors(op, qkv=qkv, optional=dict(cos=cos, sin=sin, **affine))
+    check_number(op, "eps", eps)
     check(qkv.ndim == 5 and qkv.shape[2] == 3, op, f"qkv must be (B, N, 3, H, Dh), got shape {tuple(qkv.shape)}")
     tokens, head_dim = qkv.shape[1], qkv.shape[4]
     check(norm in (None, "rms", "layer"), op, f"norm must be None, 'rms' or 'layer', got {norm!r}")
@@ -87,7 +89,7 @@ def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias
     check_shape(op, "cos", cos, (tokens, head_dim))
     check_shape(op, "sin", sin, (tokens, head_dim))
     check_no_grad(op, cos=cos, sin=sin)
-    for name, tensor in {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}.items():
+    for name, tensor in affine.items():
         check_shape(op, name, tensor, (head_dim,))
     check(norm is not None or (q_weight is None and k_weight is None), op, "q_weight and k_weight need norm='rms' or 'layer'")
     check(norm == "layer" or (q_bias is None and k_bias is None), op, "q_bias and k_bias need norm='layer'")

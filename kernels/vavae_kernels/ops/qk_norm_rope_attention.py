@@ -11,7 +11,7 @@ Saved   q, k, v, output, log-sum-exp.  HBM bytes a token of H Dh elements at s b
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, without_autocast
+from .._checks import arithmetic_dtype, check_number, without_autocast
 from .._registry import use_triton
 from .qk_norm_rope import check_qkv, qk_norm_rope, qk_norm_rope_reference
 
@@ -55,7 +55,9 @@ def qk_norm_rope_attention(
     prologue and PyTorch's attention in qkv's dtype; "torch", and "auto" on a CPU, is the reference.
     """
     op = "qk_norm_rope_attention"
-    check_qkv(op, qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm)
+    check_qkv(op, qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
+    if scale is not None:
+        check_number(op, "scale", scale)
     use_triton(op, impl)
     if impl == "auto" and qkv.is_cuda:
         q, k, v = qk_norm_rope(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)

@@ -7,7 +7,7 @@ Saved   x, rstd.  HBM bytes a row of D at s bytes an element: forward 2 D s, bac
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_shape, check_tensors
+from .._checks import arithmetic_dtype, check, check_number, check_shape, check_tensors
 from .._registry import use_triton
 
 
@@ -21,7 +21,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> T
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, impl: str = "auto") -> Tensor:
     """RMS normalisation over the last axis. x (..., D), weight (D,) or None -> (..., D) in x's dtype."""
-    check_tensors("rms_norm", x=x, weight=weight)
+    check_tensors("rms_norm", x=x, optional=dict(weight=weight))
+    check_number("rms_norm", "eps", eps)
     check(x.ndim >= 1 and x.shape[-1] > 0, "rms_norm", f"x needs a last axis that is not empty, got shape {tuple(x.shape)}")
     check_shape("rms_norm", "weight", weight, (x.shape[-1],))
     use_triton("rms_norm", impl)

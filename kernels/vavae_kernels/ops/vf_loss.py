@@ -5,22 +5,20 @@ With p_i = W z_i the projected latent of token i and f_i the frozen feature:
     mcos = mean_i  relu(1 - m_c - cos(p_i, f_i))
     mdms = mean_ij relu(|cos(p_i, p_j) - cos(f_i, f_j)| - m_d)      over all N x N pairs
 
-The F-channel p is never formed. With G = Wᵀ W (C, C) and u_i = Wᵀ f_i (C,):
-
-    p_i · p_j = z_iᵀ G z_j        ‖p_i‖² = z_iᵀ G z_i        p_i · f_i = z_i · u_i
-
-Without a projection G is the identity and u = f. Norms are clamped from below, at 1e-12 in mdms and 1e-8 in mcos, as
-torch's normalize and cosine_similarity do: a zero token stays finite.
+Without a projection p = z. Norms are clamped from below, at 1e-12 in mdms and 1e-8 in mcos, as torch's normalize and
+cosine_similarity do: a zero token stays finite. A kernel may take p_i · p_j from z_iᵀ (Wᵀ W) z_j, which squares the
+condition number of W, only where it passes the conditioning test of tests/kernels/test_vf_loss.py.
 
 Shapes  z (B, C, H, W), projection (F, C) or None (then F = C), features (B, F, H, W) -> mdms, mcos: two scalars, fp32
         (fp64 in, fp64 out), with separate gradients for z and projection. features are frozen: no gradient.
-Saved   z, G, u, ‖f‖, the two similarities.  HBM bytes a sample at s bytes: N F s for the features once, N C s for z.
+Saved   z, p, f, their norms, the two similarities.  HBM bytes a sample at s bytes: N F s each for the features and p,
+        N C s for z.
 """
 
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_no_grad, check_shape, check_tensors, without_autocast
+from .._checks import arithmetic_dtype, check, check_no_grad, check_number, check_shape, check_tensors, without_autocast
 from .._registry import use_triton
 from .flow_loss import COSINE_EPS, unit
 
@@ -34,20 +32,17 @@ def vf_loss_reference(
     dtype = arithmetic_dtype(z, projection, features)
     z, f = (x.to(dtype).flatten(2).transpose(1, 2) for x in (z, features.detach()))  # (B, N, C), (B, N, F)
     with without_autocast(z):
-        if projection is None:
-            gz, u = z, f
-        else:
-            w = projection.to(dtype)
-            gz, u = z @ (w.T @ w), f @ w
-        f_unit = unit(f, NORMALIZE_EPS, dim=-1)
-        f_similarity = f_unit @ f_unit.transpose(1, 2)
-        squared_norm = (z * gz).sum(-1)  # ‖p_i‖², (B, N)
-        inverse = torch.rsqrt(squared_norm.clamp_min(NORMALIZE_EPS**2))
-        z_similarity = (gz @ z.transpose(1, 2)) * inverse.unsqueeze(2) * inverse.unsqueeze(1)
-    mdms = torch.relu((z_similarity - f_similarity).abs() - distmat_margin).mean()
-    f_norm = f.square().sum(-1).clamp_min(COSINE_EPS**2).sqrt()
-    cosine = (z * u).sum(-1) * torch.rsqrt(squared_norm.clamp_min(COSINE_EPS**2)) / f_norm
+        p = z if projection is None else z @ projection.to(dtype).T  # (B, N, F)
+        difference = _similarity(p) - _similarity(f)
+    mdms = torch.relu(difference.abs() - distmat_margin).mean()
+    cosine = (unit(p, COSINE_EPS, dim=-1) * unit(f, COSINE_EPS, dim=-1)).sum(-1)
     return mdms, torch.relu(1 - cos_margin - cosine).mean()
+
+
+def _similarity(x: Tensor) -> Tensor:
+    """x (B, N, F) -> (B, N, N): the cosine of every pair of tokens."""
+    x = unit(x, NORMALIZE_EPS, dim=-1)
+    return x @ x.transpose(1, 2)
 
 
 def vf_loss(
@@ -61,16 +56,19 @@ def vf_loss(
     """VF loss of latents z (B, C, H, W) against features (B, F, H, W) -> mdms, mcos, two scalars.
 
     projection (F, C) is the weight of the 1x1 convolution that lifts z to F channels, or None where C = F. Gradients for
-    z and projection, apart for mdms and mcos; features requiring grad is a ValueError.
+    z and projection, apart for mdms and mcos; features requiring grad is a ValueError, and so is a batch of no tokens.
     """
     op = "vf_loss"
-    check_tensors(op, z=z, projection=projection, features=features)
+    check_tensors(op, z=z, features=features, optional=dict(projection=projection))
+    check_number(op, "distmat_margin", distmat_margin)
+    check_number(op, "cos_margin", cos_margin)
     check(z.ndim == 4 and features.ndim == 4, op, f"z and features must be (B, C, H, W), got {tuple(z.shape)}, {tuple(features.shape)}")
     batch, channels, height, width = z.shape
     if projection is None:
         check(features.shape[1] == channels, op, f"z has {channels} channels, features {features.shape[1]}: give a projection (F, C)")
     check_shape(op, "features", features, (batch, features.shape[1], height, width))
     check_shape(op, "projection", projection, (features.shape[1], channels))
+    check(z.numel() > 0, op, f"z is empty, shape {tuple(z.shape)}: a mean over no tokens is not a number")
     check_no_grad(op, features=features)
     use_triton(op, impl)
     return vf_loss_reference(z, projection, features, distmat_margin, cos_margin)

@@ -1,0 +1,100 @@
+"""vf_loss: the formulas written out, its accuracy whatever the projection is, zero tokens, and the reference's values."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from vavae_kernels import vf_loss
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def textbook_vf_loss(z, projection, features, distmat_margin, cos_margin):
+    """The formulas with the projected latent written out: what the operator must equal."""
+    p = z if projection is None else F.conv2d(z, projection[:, :, None, None])
+    p_unit, f_unit = (F.normalize(x.flatten(2), dim=1) for x in (p, features))
+    p_similarity, f_similarity = (torch.einsum("bci,bcj->bij", x, x) for x in (p_unit, f_unit))
+    mdms = F.relu((p_similarity - f_similarity).abs() - distmat_margin).mean()
+    return mdms, F.relu(1 - cos_margin - F.cosine_similarity(features, p)).mean()
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("margins", [(0.0, 0.0), (0.25, 0.5)])
+def test_vf_loss_is_the_textbook_and_its_gradients_come_apart(projected, margins):
+    features = randn(2, 12, 3, 4)
+    z = randn(2, 5 if projected else 12, 3, 4).requires_grad_()
+    projection = randn(12, 5).requires_grad_() if projected else None
+    inputs = [z] if projection is None else [z, projection]
+    for ours, textbook in zip(vf_loss(z, projection, features, *margins), textbook_vf_loss(z, projection, features, *margins)):
+        torch.testing.assert_close(ours, textbook)
+        expected = torch.autograd.grad(textbook, inputs, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(ours, inputs, retain_graph=True), expected)
+
+
+def test_vf_loss_with_zero_tokens_is_finite():
+    for projection in (None, torch.randn(6, 6)):
+        z, features = torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)
+        z[0, :, 1, 1] = 0
+        features[1, :, 2, 2] = 0
+        z.requires_grad_()
+        losses = vf_loss(z, projection, features)
+        expected = textbook_vf_loss(z, projection, features, 0.0, 0.0)
+        for loss, textbook in zip(losses, expected):
+            torch.testing.assert_close(loss, textbook)
+            assert torch.autograd.grad(loss, z, retain_graph=True)[0].isfinite().all()
+
+
+def badly_conditioned(decades: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z (2, 8, 4, 4) in the two directions that W (64, 8), of condition number 10 ** decades, shrinks most."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(n, 8, generator=generator, dtype=torch.float64))[0] for n in (64, 8))
+    w = left @ torch.diag(torch.logspace(0, -decades, 8, dtype=torch.float64)) @ right.T
+    z = torch.einsum("ck,bkhw->bchw", right[:, -2:], torch.randn(2, 2, 4, 4, generator=generator, dtype=torch.float64))
+    return z.float(), w.float(), torch.randn(2, 64, 4, 4, generator=generator, dtype=torch.float64).float()
+
+
+@pytest.mark.parametrize("decades", range(6))
+def test_a_badly_conditioned_projection_costs_no_more_digits_than_the_projected_latent_has(decades):
+    """Error against fp64 of losses and gradients: at most twice that of the formulas in fp32, and one rounding.
+
+    W squared, as in z W^T W z, would lose twice the digits: cosines beyond 1 at a condition number of 1e5.
+    """
+    errors = {vf_loss: [0.0] * 6, textbook_vf_loss: [0.0] * 6}
+    rounding = [0.0] * 6
+    for seed in range(4):
+        inputs = badly_conditioned(decades, seed)
+
+        def results(function, dtype, inputs=inputs):
+            z, w, features = (x.to(dtype) for x in inputs)
+            leaves = z.requires_grad_(), w.requires_grad_()
+            losses = function(*leaves, features, 0.0, 0.0)
+            grads = [grad for loss in losses for grad in torch.autograd.grad(loss, leaves, retain_graph=True)]
+            return [x.detach().double() for x in (*losses, *grads)]
+
+        exact = results(textbook_vf_loss, torch.float64)
+        rounding = [max(old, x.norm().item() * torch.finfo(torch.float32).eps) for old, x in zip(rounding, exact)]
+        for function, worst in errors.items():
+            errors[function] = [max(old, (x - y).norm().item()) for old, x, y in zip(worst, results(function, torch.float32), exact)]
+    for ours, eager, one in zip(errors[vf_loss], errors[textbook_vf_loss], rounding):
+        assert ours <= 2 * (eager + one)
+
+
+def test_a_batch_of_no_tokens_is_refused():
+    for shape in ((0, 3, 2, 2), (2, 3, 0, 2)):
+        with pytest.raises(ValueError, match=r"vf_loss: z is empty, shape \("):
+            vf_loss(torch.zeros(shape), None, torch.zeros(shape))
+
+
+def test_vf_loss_is_the_references(golden_dir):
+    golden = load_file(golden_dir / "vf_loss.safetensors")
+    for case in sorted({key.split(".")[0] for key in golden}):
+        z = golden[f"{case}.z"].requires_grad_()
+        mdms, mcos = vf_loss(z, None, golden[f"{case}.aux"], *golden[f"{case}.margins"].tolist())
+        for name, loss in (("mdms", mdms), ("mcos", mcos)):
+            torch.testing.assert_close(loss, golden[f"{case}.{name}"].float(), rtol=1e-5, atol=1e-7)
+            grad = torch.autograd.grad(loss, z, retain_graph=True)[0]
+            expected = golden[f"{case}.grad_{name}"]
+            assert (grad - expected).norm() <= 1e-4 * expected.norm() + 1e-8
