@@ -1,5 +1,8 @@
 """What a user can get wrong, which `cli.main` prints as one line with status 2; and the stop that a user asked for."""
 
+import math
+import sys
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -15,3 +18,15 @@ def require(condition: bool, name: str, found: Any, expected: str) -> None:
     """Raise `BadInput` unless `condition`; `name` is a config key or a flag, `expected` reads on from 'must be'."""
     if not condition:
         raise BadInput(f"{name}: must be {expected}, got {found!r}")
+
+
+def is_integer(value: Any) -> bool:
+    """A whole number of Python or NumPy, for `require`; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite real number of Python or NumPy, for `require`; True is none, nor is a tensor."""
+    if is_integer(value):
+        return abs(int(value)) <= sys.float_info.max
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,6 +1,7 @@
 """What every public function checks at its door, once: tensors, floating point, one device, shapes, numbers."""
 
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
@@ -23,6 +24,8 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """A finite real number of Python or NumPy; a tensor is none."""
+    if is_integer(value):
+        return abs(int(value)) <= sys.float_info.max
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
