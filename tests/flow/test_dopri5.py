@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vavae_fast.errors import BadInput
 from vavae_fast.flow.dopri5 import _ERROR, _FOURTH_ORDER, _NODES, _STAGES, dopri5, dopri5_states
 
 every_norm = pytest.mark.parametrize("error_norm", ["sample", "batch"])
@@ -14,6 +15,11 @@ def swirl(x, t):
     """Nonlinear, stiffer for larger x, with coordinates coupled inside a sample; t () or (B,)."""
     t = t.reshape(-1, 1) if t.ndim else t
     return torch.stack((x[:, 1] * (1 + x[:, 0] ** 2), -x[:, 0]), dim=1) * torch.cos(3 * t) + 0.3 * t
+
+
+def test_a_velocity_of_another_shape_is_refused():
+    with pytest.raises(BadInput, match=r"returned shape \(3, 1\) for an input of shape \(3, 2\)"):
+        dopri5(lambda x, t: x[:, :1], torch.randn(3, 2), torch.tensor([0.0, 1.0]))
 
 
 def test_tableau_satisfies_the_order_conditions():

@@ -84,6 +84,13 @@ def test_a_whole_trajectory_equals_the_reference_way(method):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4 if method == "dopri5" else 1e-5)
 
 
+@pytest.mark.parametrize("answer", [lambda x: x[:, :1], lambda x: x[:1], lambda x: x.mean(), lambda x: torch.cat((x, x), dim=1)])
+def test_a_model_of_another_shape_is_refused(answer):
+    for t in (torch.tensor(0.5), torch.full((3,), 0.5)):
+        with pytest.raises(BadInput, match=r"the model returned shape .* for an input of shape \(6, "):
+            guided(lambda x, t, y: answer(x), 2.0, Y, 10)(noise(), t)
+
+
 def test_bad_settings_are_refused():
     for options in (dict(channels=0), dict(channels="first"), dict(interval=(0.5, 0.4))):
         with pytest.raises(BadInput, match="cfg_"):

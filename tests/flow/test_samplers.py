@@ -262,6 +262,44 @@ def test_names_are_known_or_refused_with_the_nearest():
             sampler.sample_sde(**options)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (1, 2, 4, 4), (), (3, 4, 4, 4)])
+def test_a_model_of_another_shape_is_one_clear_error(shape):
+    """In every solver: broadcast in silence, it would give images of something else."""
+    sampler, x = Sampler(create_transport()), torch.randn(3, 2, 4, 4)
+    solvers = [sampler.sample_ode(sampling_method=method, num_steps=3) for method in ODE_METHODS]
+    for method in ("euler", "heun"):
+        solvers += [sampler.sample_sde(sampling_method=method, last_step=last, num_steps=3) for last in ("Mean", "Tweedie", "Euler")]
+    for solve in (*solvers, sampler.sample_ode_likelihood(num_steps=3)):
+        with pytest.raises(BadInput) as caught:
+            solve(x, lambda x, t: x.new_zeros(shape) + 0 * x.sum())
+        assert str(caught.value) == f"the model returned shape {shape} for an input of shape (3, 2, 4, 4); they must agree"
+
+
+@pytest.mark.parametrize(
+    "options, culprit",
+    [
+        (dict(sampling_method=None), "sampling_method: None is not one of"),
+        (dict(sampling_method=["euler"]), "sampling_method"),
+        (dict(num_steps=2.5), "num_steps: must be an integer"),
+        (dict(num_steps="50"), "num_steps: must be an integer"),
+        (dict(num_steps=None), "num_steps: must be an integer"),
+        (dict(timestep_shift=None), "timestep_shift: must be a number"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(options, culprit):
+    sampler = Sampler(create_transport())
+    for make in (sampler.sample_ode, sampler.sample_sde, sampler.sample_ode_likelihood):
+        with pytest.raises(BadInput, match=f"^{culprit}"):
+            make(**options)
+
+
+@pytest.mark.parametrize("options", [dict(atol="1e-6"), dict(rtol=None), dict(atol=0.0)])
+def test_tolerances_are_numbers_above_0(options):
+    (name,) = options
+    with pytest.raises(BadInput, match=f"^{name}: must be a number above 0"):
+        Sampler(create_transport()).sample_ode(**options)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("method", SAMPLERS)

@@ -155,6 +155,12 @@ def test_intervals():
     (dict(train_eps=0.6), "transport.train_eps"),
     (dict(sample_eps=-0.1), "transport.sample_eps"),
     (dict(partitial_train=(0.5, 0.2)), "transport.partitial_train"),
+    (dict(partitial_train=0.5), "transport.partitial_train"),
+    (dict(partitial_train=(0.1, 0.2, 0.3)), "transport.partitial_train"),
+    (dict(partitial_train=["0.1", None]), "transport.partitial_train"),
+    (dict(train_eps="0.1"), "transport.train_eps"),
+    (dict(partial_ratio="all"), "transport.partial_ratio"),
+    (dict(path_type=["Linear"]), "transport.path_type"),
     (dict(use_lognorm=True, shift_lg=True, partitial_train=(0.1, 0.2)), "transport.shift_lg"),
     (dict(shift_lg=True), "transport.shift_lg"),
     (dict(path_type="VP", fused=True), "transport.fused"),
@@ -165,10 +171,23 @@ def test_what_cannot_be_used_is_refused(options, culprit):
 
 
 def test_a_wrong_prediction_shape_is_named():
-    with pytest.raises(BadInput, match=r"returned \(2, 12, 4, 4\) for data of shape \(2, 6, 4, 4\)"):
+    with pytest.raises(BadInput, match=r"returned shape \(2, 12, 4, 4\) for an input of shape \(2, 6, 4, 4\)"):
         create_transport().training_losses(lambda x, t: torch.cat((x, x), 1), torch.randn(2, 6, 4, 4))
     with pytest.raises(BadInput, match="shifted_mu"):
         create_transport(use_lognorm=True).times_from(torch.zeros(1), shifted_mu=1.0)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (1, 6, 8, 8), (8, 8), (), (4, 12, 8, 8)])
+def test_a_prediction_that_would_broadcast_is_refused(prediction, shape):
+    transport = create_transport(prediction=prediction)
+    x, pred, t = torch.randn(4, 6, 8, 8), torch.randn(shape), torch.tensor(0.5)
+    for convert in (transport.velocity, transport.score):
+        with pytest.raises(BadInput) as caught:
+            convert(pred, x, t)
+        assert str(caught.value) == f"the model returned shape {shape} for an input of shape (4, 6, 8, 8); they must agree"
+        with pytest.raises(BadInput, match="the model returned a tuple"):
+            convert((x, x), x, t)
 
 
 def test_golden_losses(golden_dir):

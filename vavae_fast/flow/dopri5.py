@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vavae_fast.flow.paths import like, look_up
+from vavae_fast.flow.paths import like, look_up, require_like
 
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
@@ -74,7 +74,7 @@ def dopri5_states(
     ends = [sign * t for t in times.double().tolist()]
 
     def f(x: Tensor, t: Tensor) -> Tensor:
-        return sign * velocity(x, (sign * t).to(x.dtype))
+        return sign * require_like(velocity(x, (sign * t).to(x.dtype)), x)
 
     t = torch.full((x.shape[0],), ends[0], dtype=torch.float64, device=x.device)
     slope = f(x, t)

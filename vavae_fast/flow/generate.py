@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vavae_fast import rng
-from vavae_fast.errors import BadInput, require
+from vavae_fast.errors import BadInput, is_integer, is_number, require
 from vavae_fast.flow.dopri5 import ERROR_NORMS
 from vavae_fast.flow.guidance import guided
 from vavae_fast.flow.paths import DIFFUSIONS, look_up
@@ -46,8 +46,15 @@ class SamplerSettings:
 
     def __post_init__(self):
         require(self.mode in ("ODE", "SDE"), "sample.mode", self.mode, "ODE or SDE")
-        look_up(dict.fromkeys(ODE_METHODS if self.mode == "ODE" else SDE_SAMPLERS), self.method.lower(), "sample.sampling_method")
-        require(self.num_steps >= 2, "sample.num_sampling_steps", self.num_steps, "2 or more (N times are N - 1 steps)")
+        methods = dict.fromkeys(ODE_METHODS if self.mode == "ODE" else SDE_SAMPLERS)
+        look_up(methods, self.method, "sample.sampling_method", any_case=True)
+        steps = is_integer(self.num_steps) and self.num_steps >= 2
+        require(steps, "sample.num_sampling_steps", self.num_steps, "an integer, 2 or more (N times are N - 1 steps)")
+        numbers = dict(timestep_shift=self.shift, cfg_scale=self.cfg_scale, atol=self.atol, rtol=self.rtol)
+        numbers |= dict(cfg_interval_start=self.cfg_interval_start, cfg_interval_end=self.cfg_interval_end)
+        numbers |= dict(diffusion_norm=self.diffusion_norm, last_step_size=self.last_step_size)
+        for key, value in numbers.items():
+            require(is_number(value), f"sample.{key}", value, "a finite number")
         require(self.shift >= 0, "sample.timestep_shift", self.shift, "0 (none) or more")
         require(self.cfg_scale >= 1, "sample.cfg_scale", self.cfg_scale, "1 (no guidance) or more")
         require(self.cfg_interval_start <= self.cfg_interval_end, "sample.cfg_interval_start", self.cfg_interval_start, "at most the end")

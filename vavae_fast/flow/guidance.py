@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vavae_fast.errors import require
-from vavae_fast.flow.paths import batch_time, like
+from vavae_fast.flow.paths import batch_time, like, require_like
 
 
 def guided(
@@ -28,6 +28,7 @@ def guided(
     t () on the CPU, as fixed steps have it: the host decides, and outside the interval the model sees B samples instead
     of 2B. t (B,), as dopri5 has it: every sample is evaluated twice and each decides for itself on the device.
     channels: how many are guided, from the first, or "all". An end of 1 is no upper bound. Scale 1 is no guidance.
+    `BadInput` where the model's output is not of its input's shape.
     """
     require(channels == "all" or (isinstance(channels, int) and channels >= 1), "cfg_channels", channels, 'a count from 1 or "all"')
     start, end = interval
@@ -43,7 +44,8 @@ def guided(
         host_decides = t.ndim == 0 and t.device.type == "cpu"
         if cfg_scale == 1 or (host_decides and not inside):
             return model(x, times, y)
-        cond, uncond = model(torch.cat((x, x)), torch.cat((times, times)), labels).chunk(2)
+        twice = torch.cat((x, x))
+        cond, uncond = require_like(model(twice, torch.cat((times, times)), labels), twice).chunk(2)
         count = x.shape[1] if channels == "all" else channels
         mixed = uncond[:, :count] + cfg_scale * (cond[:, :count] - uncond[:, :count])
         if not host_decides:

@@ -25,10 +25,10 @@ Named = TypeVar("Named")
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # Song et al. 2021, appendix C
 
 
-def look_up(table: dict[str, Named], name: str, what: str) -> Named:
-    """table[name], or a `BadInput` that names the nearest entry."""
-    if name in table:
-        return table[name]
+def look_up(table: dict[str, Named], name: str, what: str, any_case: bool = False) -> Named:
+    """table[name], or a `BadInput` that names the nearest entry. any_case: the table's keys are lower case, the name any."""
+    if isinstance(name, str) and (key := name.lower() if any_case else name) in table:
+        return table[key]
     near = get_close_matches(str(name), table, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise BadInput(f"{what}: {name!r} is not one of {', '.join(table)}{hint}")
@@ -47,6 +47,15 @@ def batch_time(t: Tensor, x: Tensor) -> Tensor:
     if t.ndim == 0 and t.device.type == "cpu":
         return x.new_full((x.shape[0],), t.item())
     return t.to(device=x.device, dtype=x.dtype).expand(x.shape[0])
+
+
+def require_like(pred: Tensor, x: Tensor) -> Tensor:
+    """A model's output `pred` for x, or `BadInput` where it has another shape and would broadcast in silence."""
+    if not isinstance(pred, Tensor):
+        raise BadInput(f"the model returned a {type(pred).__name__} for an input of shape {tuple(x.shape)}; expected a tensor of that shape")
+    if pred.shape != x.shape:
+        raise BadInput(f"the model returned shape {tuple(pred.shape)} for an input of shape {tuple(x.shape)}; they must agree")
+    return pred
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_fast.errors import require
+from vavae_fast.errors import is_integer, is_number, require
 from vavae_fast.flow.dopri5 import ERROR_NORMS, dopri5_states
 from vavae_fast.flow.paths import DIFFUSIONS, batch_time, look_up
 from vavae_fast.flow.transport import Transport
@@ -29,8 +29,8 @@ SDE_SAMPLERS: dict[str, Callable[..., Tensor]] = {}
 def time_grid(num_steps: int, shift: float = 0.0, t0: float = 0.0, t1: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
     """num_steps float32 times from t0 to t1, hence num_steps - 1 steps. shift s > 0 maps t to s t / (1 + (s - 1) t):
     below 1 it is denser near the noise (Esser et al. 2024, eq. 23, with alpha = 1 / s). 0: no shift."""
-    require(num_steps >= 2, "num_steps", num_steps, "2 or more (N times are N - 1 steps)")
-    require(shift >= 0, "timestep_shift", shift, "0 (none) or more")
+    require(is_integer(num_steps) and num_steps >= 2, "num_steps", num_steps, "an integer, 2 or more (N times are N - 1 steps)")
+    require(is_number(shift) and shift >= 0, "timestep_shift", shift, "a number, 0 (none) or more")
     t = torch.linspace(t0, t1, num_steps)
     if shift > 0:
         t = shift * t / (1 + (shift - 1) * t)
@@ -248,9 +248,10 @@ class Sampler:
         reverse: from data to noise along the same times. error_norm "batch" | "sample": what dopri5 controls;
         "batch" is torchdiffeq's, where an image depends on its batch.
         """
-        method = look_up({name: name for name in ODE_METHODS}, sampling_method.lower(), "sampling_method")
+        method = look_up({name: name for name in ODE_METHODS}, sampling_method, "sampling_method", any_case=True)
         look_up(ERROR_NORMS, error_norm, "error_norm")
-        require(atol > 0 and rtol > 0, "atol, rtol", (atol, rtol), "above 0")
+        for name, tolerance in dict(atol=atol, rtol=rtol).items():
+            require(is_number(tolerance) and tolerance > 0, name, tolerance, "a number above 0")
         times = time_grid(num_steps, timestep_shift, *self.transport.interval(sample=True))
         return OdeSampler(self.transport, method, times.flip(0) if reverse else times, atol, rtol, error_norm, keep_trajectory)
 
@@ -272,15 +273,16 @@ class Sampler:
         num_steps - 1 stochastic steps to t = 1 - last_step_size, then the last step: None | "Mean" | "Tweedie" | "Euler".
         noise(step, like) makes the increments; torch's generator by default.
         """
-        look_up(SDE_SAMPLERS, sampling_method.lower(), "sampling_method")
+        method = look_up({name: name for name in SDE_SAMPLERS}, sampling_method, "sampling_method", any_case=True)
         look_up(LAST_STEPS, last_step or "none", "last_step")
         look_up(DIFFUSIONS, diffusion_form, "diffusion_form")
-        require(0 <= last_step_size < 1, "last_step_size", last_step_size, "in [0, 1)")
+        require(is_number(diffusion_norm), "diffusion_norm", diffusion_norm, "a finite number")
+        require(is_number(last_step_size) and 0 <= last_step_size < 1, "last_step_size", last_step_size, "a number in [0, 1)")
         size = last_step_size if last_step else 0.0
         t0, t1 = self.transport.interval(sample=True, sde=True, diffusion_form=diffusion_form, last_step_size=size)
         return SdeSampler(
             transport=self.transport,
-            method=sampling_method.lower(),
+            method=method,
             times=time_grid(num_steps, timestep_shift, t0, t1),
             diffusion=partial(self.transport.path.diffusion, form=diffusion_form, norm=diffusion_norm),
             last_step=last_step or "none",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_fast.errors import BadInput, require
-from vavae_fast.flow.paths import PATHS, Path, like, look_up
+from vavae_fast.errors import is_number, require
+from vavae_fast.flow.paths import PATHS, Path, like, look_up, require_like
 
 _SINGULAR_EPS = 1e-3  # distance kept from a time where a coefficient is infinite
 
@@ -52,7 +52,7 @@ def create_transport(
         sample_eps=default_sample if sample_eps is None else sample_eps,
         use_cosine_loss=bool(use_cosine_loss),
         use_lognorm=bool(use_lognorm),
-        partitial_train=None if partitial_train is None else tuple(partitial_train),
+        partitial_train=tuple(partitial_train) if isinstance(partitial_train, list) else partitial_train,
         partial_ratio=partial_ratio,
         shift_lg=shift_lg,
         fused=fused,
@@ -83,13 +83,15 @@ class Transport:
         unweighted = self.loss_weight in (None, "none")
         require(unweighted or not is_velocity, "transport.loss_weight", self.loss_weight, "null when the velocity is predicted")
         require(is_velocity or not self.use_cosine_loss, "transport.use_cosine_loss", True, "false unless the velocity is predicted")
-        require(0 <= self.train_eps < 0.5, "transport.train_eps", self.train_eps, "in [0, 0.5)")
-        require(0 <= self.sample_eps < 0.5, "transport.sample_eps", self.sample_eps, "in [0, 0.5)")
-        require(0 <= self.partial_ratio <= 1, "transport.partial_ratio", self.partial_ratio, "in [0, 1]")
+        for key in ("train_eps", "sample_eps"):
+            value = getattr(self, key)
+            require(is_number(value) and 0 <= value < 0.5, f"transport.{key}", value, "a number in [0, 0.5)")
+        share = self.partial_ratio
+        require(is_number(share) and 0 <= share <= 1, "transport.partial_ratio", share, "a number in [0, 1]")
         if self.partitial_train is not None:
             interval = self.partitial_train
-            ordered = len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1
-            require(ordered, "transport.partitial_train", interval, "two times 0 <= a < b <= 1")
+            pair = isinstance(interval, tuple) and len(interval) == 2 and all(map(is_number, interval))
+            require(pair and 0 <= interval[0] < interval[1] <= 1, "transport.partitial_train", interval, "two times 0 <= a < b <= 1")
             require(not self.shift_lg, "transport.shift_lg", True, "false with partitial_train: the two are not compatible")
         require(self.use_lognorm or not self.shift_lg, "transport.shift_lg", True, "false unless use_lognorm")
         fusable = self.path_type == "Linear" and is_velocity
@@ -124,7 +126,7 @@ class Transport:
             return self._fused_losses(model, x0, x1, t, model_kwargs or {})
         xt = self.path.interpolate(x0, x1, t)
         pred = model(xt, t, **(model_kwargs or {}))
-        _check_prediction(pred, x1)
+        require_like(pred, x1)
         terms = {"pred": pred}
         exact = pred.to(torch.promote_types(torch.promote_types(pred.dtype, x1.dtype), torch.float32))
         if self.prediction == "velocity":
@@ -143,7 +145,7 @@ class Transport:
         from vavae_kernels import flow_interpolate, flow_loss
 
         pred = model(flow_interpolate(x0, x1, t), t, **model_kwargs)
-        _check_prediction(pred, x1)
+        require_like(pred, x1)
         loss, cosine = flow_loss(pred, x0, x1)
         return {"pred": pred, "loss": loss} | ({"cos_loss": cosine} if self.use_cosine_loss else {})
 
@@ -208,11 +210,11 @@ class Transport:
 
     def velocity(self, pred: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The network's output at (x, t) as the velocity of the probability-flow ODE, (B, ...), at least of x's precision:
-        a step times a bf16 velocity would be rounded once more."""
+        a step times a bf16 velocity would be rounded once more. `BadInput` where the output is not of x's shape."""
         return _VELOCITIES[self.prediction](self.path, _at_least(pred, x), x, t)
 
     def score(self, pred: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The network's output at (x, t) as the score, grad log p_t(x), (B, ...), at least of x's precision."""
+        """The network's output at (x, t) as the score, grad log p_t(x), (B, ...); precision and error as in `velocity`."""
         return _SCORES[self.prediction](self.path, _at_least(pred, x), x, t)
 
 
@@ -234,13 +236,8 @@ _WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor | float]] = {
 }
 
 
-def _check_prediction(pred: Tensor, x1: Tensor) -> None:
-    if pred.shape != x1.shape:
-        raise BadInput(f"training_losses: the model returned {tuple(pred.shape)} for data of shape {tuple(x1.shape)}; they must agree.")
-
-
 def _at_least(pred: Tensor, x: Tensor) -> Tensor:
-    return pred.to(torch.promote_types(pred.dtype, x.dtype))
+    return require_like(pred, x).to(torch.promote_types(pred.dtype, x.dtype))
 
 
 def _mean_flat(x: Tensor) -> Tensor:
