@@ -45,8 +45,14 @@ def test_default_split_is_5000():
     assert inception_score(logits) == pytest.approx((inception_score(logits[:5000]) + 1) / 2, rel=1e-13)
 
 
+@pytest.mark.parametrize("split", [0, 2.0, "5", None])
+def test_a_split_that_is_no_count_is_named(split):
+    with pytest.raises(ValueError, match="^split_size: must be an integer, 1 or more, got "):
+        inception_score(np.zeros((4, 2)), split)
+
+
 @pytest.mark.parametrize(
-    "logits, split", [(np.array([[np.nan, 0]]), 5), (np.array([[np.inf, 0]]), 5), (np.zeros(4), 5), (np.zeros((4, 2)), 0)]
+    "logits, split", [(np.array([[np.nan, 0]]), 5), (np.array([[np.inf, 0]]), 5), (np.zeros(4), 5)]
 )
 def test_wrong_input_is_a_value_error(logits, split):
     with pytest.raises(ValueError):

@@ -90,7 +90,7 @@ def test_collapse_keeps_precision_and_loses_recall():
     [
         (np.zeros((9, 2)), np.zeros((9, 3)), 3, "2 dimensions"),
         (np.zeros((9, 2)), np.zeros((3, 2)), 3, "k"),
-        (np.zeros((9, 2)), np.zeros((9, 2)), 0, "k"),
+        *((np.zeros((9, 2)), np.zeros((9, 2)), k, "^k: must be an integer, 1 or more, got ") for k in (0, 3.0, "3", None, True)),
         (np.full((9, 2), np.nan), np.zeros((9, 2)), 3, "reference_features.*NaN"),
         (np.zeros((9, 2)), np.zeros(9), 3, "sample_features"),
     ],

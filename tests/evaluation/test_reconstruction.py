@@ -108,7 +108,7 @@ def test_half_precision_images_are_compared_in_fp64():
         (np.zeros((3, 16, 16)), np.zeros((3, 16, 16)), None, "shape"),
         (np.full((1, 3, 16, 16), np.nan), np.zeros((1, 3, 16, 16)), None, "NaN"),
         (np.zeros((1, 3, 16, 16), np.int64), np.zeros((1, 3, 16, 16), np.int64), None, "data_range"),
-        (np.zeros((1, 3, 16, 16)), np.zeros((1, 3, 16, 16)), 0, "data_range"),
+        *((np.zeros((1, 3, 16, 16)), np.zeros((1, 3, 16, 16)), r, "^data_range: must be a positive number") for r in (0, "1", np.nan, [1])),
     ],
 )
 def test_wrong_input_is_one_clear_line(metric, a, b, data_range, message):

@@ -87,14 +87,16 @@ def test_a_missing_package_names_the_extra(monkeypatch, package, name):
 
 
 @pytest.mark.parametrize(
-    "latents, repeats, message",
+    "latents, seed, repeats, message",
     [
-        (np.zeros((30, 4)), 1, "more than 30 rows"),
-        (np.full((40, 4), np.nan), 1, "NaN"),
-        (np.zeros((40, 4)), 0, "repeats"),
-        (np.zeros((40, 4, 2)), 1, "shape"),
+        (np.zeros((30, 4)), 0, 1, "latents: .* more than 30 rows"),
+        (np.full((40, 4), np.nan), 0, 1, "latents: .* NaN"),
+        (np.zeros((40, 4, 2)), 0, 1, "latents: .* shape"),
+        *((np.zeros((40, 4)), 0, repeats, "repeats: must be an integer") for repeats in (0, 1.0, "1", None)),
+        *((np.zeros((40, 4)), seed, 1, "seed: must be an integer, from 0 to 4294967295,") for seed in (-1, 2**32, 0.0, None, "0")),
+        (np.zeros((40, 4)), 2**32 - 1, 2, "seed: must be an integer, from 0 to 4294967294,"),
     ],
 )
-def test_wrong_input_is_one_clear_line(latents, repeats, message):
-    with pytest.raises(ValueError, match=message):
-        uniformity(latents, repeats=repeats)
+def test_wrong_input_is_one_clear_line(latents, seed, repeats, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        uniformity(latents, seed, repeats)

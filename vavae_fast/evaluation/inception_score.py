@@ -5,18 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from vavae_fast.evaluation.inputs import Array, finite_tensor
+from vavae_fast.evaluation.inputs import Array, finite_tensor, integer
 
 
 def inception_score(logits: Array, split_size: int = 5000) -> float:
     """Mean score over splits of `split_size` rows of `logits` (N, classes), in file order; a short last split counts as one.
 
-    Between 1 and the number of classes. `ValueError`: NaN or infinity, split_size below 1.
+    Between 1 and the number of classes. `ValueError`: NaN or infinity, split_size not an integer from 1 on.
     """
     rows = finite_tensor(logits, "logits", "N, classes")
-    if split_size < 1:
-        raise ValueError(f"split_size: must be 1 or more, got {split_size}")
-    scores = [_score(part.to(torch.float64)) for part in rows.split(split_size)]
+    scores = [_score(part.to(torch.float64)) for part in rows.split(integer(split_size, "split_size", 1))]
     return torch.stack(scores).mean().item()
 
 

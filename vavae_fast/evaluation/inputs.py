@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vavae_fast.errors import is_integer
+
 Array = np.ndarray | Tensor
 
 
@@ -31,6 +33,14 @@ def finite_tensor(value: Array, name: str, shape: str) -> Tensor:
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; find where they arise, no metric survives them")
     return tensor
+
+
+def integer(value: int, name: str, least: int, most: int | None = None) -> int:
+    """`value` as a plain int from `least` to `most`, both allowed."""
+    if not is_integer(value) or value < least or (most is not None and value > most):
+        bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: must be an integer, {bounds}, got {value!r}")
+    return int(value)
 
 
 def same_kind(result: Tensor, given: Array) -> Array:

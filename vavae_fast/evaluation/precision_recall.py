@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from vavae_fast.evaluation import distances
-from vavae_fast.evaluation.inputs import Array, finite_tensor
+from vavae_fast.evaluation.inputs import Array, finite_tensor, integer
 
 
 def precision_recall(reference_features: Array, sample_features: Array, k: int = 3) -> tuple[float, float]:
     """(precision, recall) of reference (N, D) and samples (M, D); computed on the reference's device.
 
     k does not count the point itself, a copy of it does count; the border belongs to a ball (<=). `ValueError`: NaN or
-    infinity, different D, k below 1, k points or fewer in a set.
+    infinity, different D, k not an integer from 1 on, k points or fewer in a set.
     """
     reference = finite_tensor(reference_features, "reference_features", "N, D")
     samples = finite_tensor(sample_features, "sample_features", "N, D").to(reference.device)
     if reference.shape[1] != samples.shape[1]:
         raise ValueError(f"reference_features have {reference.shape[1]} dimensions, sample_features have {samples.shape[1]}")
     fewest = min(len(reference), len(samples))
-    if not 1 <= k < fewest:
-        raise ValueError(f"k: must be at least 1 and below the number of points in either set, {fewest}; got {k}")
+    if integer(k, "k", 1) >= fewest:
+        raise ValueError(f"k: must be below the number of points in either set, {fewest}; got {k}")
     return _share_inside(samples, reference, k), _share_inside(reference, samples, k)
 
 

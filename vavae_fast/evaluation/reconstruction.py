@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vavae_fast.errors import is_number
 from vavae_fast.evaluation.inputs import Array, finite_tensor, same_kind
 
 _RADIUS, _SIGMA = 5, 1.5  # the window: 11 x 11
@@ -64,6 +65,6 @@ def _pair(a: Array, b: Array, data_range: float | None) -> tuple[Tensor, Tensor,
         if x.dtype != torch.uint8 and not x.is_floating_point():
             raise ValueError(f"data_range: no default for {x.dtype}; pass largest minus smallest possible value")
         data_range = 255.0 if x.dtype == torch.uint8 else 1.0
-    if not 0 < data_range < float("inf"):
+    if not is_number(data_range) or data_range <= 0:
         raise ValueError(f"data_range: must be a positive number, got {data_range!r}")
     return x.to(torch.float64), y.to(device=x.device, dtype=torch.float64), data_range

@@ -6,22 +6,23 @@ The paper's "density std" is std(p) / mean(p), here `density_cv`. t-SNE moves wi
 import numpy as np
 
 from vavae_fast.errors import BadInput
-from vavae_fast.evaluation.inputs import Array, finite_tensor
+from vavae_fast.evaluation.inputs import Array, finite_tensor, integer
 
 PERPLEXITY = 30
+_SEEDS = 1 << 32  # those of NumPy's RandomState, which t-SNE starts from
 
 
 def uniformity(latents: Array, seed: int = 0, repeats: int = 1) -> dict[str, float]:
     """density_cv, normalized_entropy and gini of `latents` (N, D): means over `repeats` seeds from `seed` on; *_std over them.
 
     Evenly spread: density_cv and gini towards 0, normalized_entropy towards 1. `ValueError`: NaN or infinity, 30 rows or
-    fewer, repeats below 1. Needs scikit-learn and SciPy.
+    fewer, repeats or seeds that are not integers, or seeds outside [0, 2**32). Needs scikit-learn and SciPy.
     """
     points = finite_tensor(latents, "latents", "N, D").float().cpu().numpy()
     if len(points) <= PERPLEXITY:
         raise ValueError(f"latents: t-SNE at perplexity {PERPLEXITY} needs more than {PERPLEXITY} rows, got {len(points)}")
-    if repeats < 1:
-        raise ValueError(f"repeats: must be 1 or more, got {repeats}")
+    repeats = integer(repeats, "repeats", 1, _SEEDS)
+    seed = integer(seed, "seed", 0, _SEEDS - repeats)
     runs = [density_statistics(density_at_points(embed(points, seed + i))) for i in range(repeats)]
     result = {}
     for name in runs[0]:
