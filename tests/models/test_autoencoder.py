@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
+from vavae_fast.errors import BadInput
 from vavae_fast.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from vavae_fast.models.weights import load_strict
 
@@ -60,6 +61,22 @@ def test_groups_default_to_the_largest_power_of_two_that_fits(ch, groups):
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_groups 32 does not divide"):
         AutoencoderKL(embed_dim=4, ch=8, ch_mult=(1, 2), num_groups=32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(dict(ch_mult=value) for value in ((), [], 4, None, (1, 0), (1, 1.5), "12")),
+        *(dict(embed_dim=value) for value in (0, -4, 4.0, None)),
+        *(dict(ch=value) for value in (8.0, "8", 0)),
+        *({key: 0} for key in ("num_res_blocks", "resolution", "in_channels", "out_ch", "z_channels", "num_groups")),
+        dict(dropout=1.0),
+    ],
+)
+def test_arguments_that_make_no_network_are_named(changes):
+    (name,) = changes
+    with pytest.raises(BadInput, match=f"^AutoencoderKL: {name}: must be "):
+        AutoencoderKL(**{**TINY, **changes})
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 6, 8), (1, 4, 8, 8), (3, 8, 8), (1, 3, 0, 8)])

@@ -265,6 +265,14 @@ def test_guidance_interval_holds_for_each_sample_and_both_ends():
         (dict(num_heads=0), "num_heads"),
         (dict(class_dropout_prob=1.0), "class_dropout_prob"),
         (dict(depth=0), "depth"),
+        (dict(depth=2.0), "^depth: must be an integer above 0, got 2.0"),
+        (dict(depth="2"), "^depth"),
+        (dict(num_classes=None), "^num_classes"),
+        (dict(mlp_ratio=0.0), "^mlp_ratio"),
+        (dict(mlp_ratio=-4.0), "^mlp_ratio"),
+        (dict(mlp_ratio="4"), "^mlp_ratio"),
+        (dict(mlp_ratio=0.04, use_swiglu=True), "^mlp_ratio"),
+        (dict(class_dropout_prob=None), "^class_dropout_prob"),
     ],
 )
 def test_bad_construction_names_the_argument(changes, message):
@@ -293,6 +301,8 @@ def test_bad_inputs_name_the_tensor(fused):
         ((x, t[:2], y), "t has shape"),
         ((x, t, y[:1]), "y has shape"),
         ((x, t, y.float()), "integer"),
+        ((x, t, None), "^LightningDiT: y must be a tensor, got NoneType"),
+        ((x, 0.5, y), "^LightningDiT: t must be a tensor, got float"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*inputs)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vavae_kernels
+from vavae_fast.errors import is_integer, is_number, require
 
 _EPS = 1e-6
 
@@ -82,6 +83,13 @@ class AutoencoderKL(nn.Module):
     ):
         super().__init__()
         z_channels = embed_dim if z_channels is None else z_channels
+        counts = dict(embed_dim=embed_dim, ch=ch, num_res_blocks=num_res_blocks, resolution=resolution, in_channels=in_channels)
+        counts |= dict(out_ch=out_ch, z_channels=z_channels) | ({} if num_groups is None else dict(num_groups=num_groups))
+        for key, value in counts.items():
+            require(is_integer(value) and value > 0, f"AutoencoderKL: {key}", value, "an integer above 0")
+        levels = isinstance(ch_mult, Sequence) and len(ch_mult) > 0 and all(is_integer(mult) and mult > 0 for mult in ch_mult)
+        require(levels, "AutoencoderKL: ch_mult", ch_mult, "a list of one integer above 0 a level, and not empty")
+        require(is_number(dropout) and 0 <= dropout < 1, "AutoencoderKL: dropout", dropout, "a number in [0, 1)")
         widths = [ch * mult for mult in ch_mult]
         groups = _default_groups([ch, *widths]) if num_groups is None else num_groups
         if any(width % groups for width in [ch, *widths]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vavae_fast.errors import BadInput, require
+from vavae_fast.errors import BadInput, is_integer, is_number, require
 from vavae_fast.models.lightningdit_layers import (
     Attention,
     FusedAttention,
@@ -127,12 +127,15 @@ class LightningDiT(nn.Module):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         self.config = config  # the arguments, to build the same model again
-        for key, value in dict(patch_size=patch_size, in_channels=in_channels, depth=depth, num_heads=num_heads).items():
-            require(value > 0, key, value, "above 0")
-        require(num_classes > 0, "num_classes", num_classes, "above 0")
-        require(0 <= class_dropout_prob < 1, "class_dropout_prob", class_dropout_prob, "in [0, 1)")
-        require(input_size > 0 and input_size % patch_size == 0, "input_size", input_size, f"a multiple of patch_size {patch_size}")
-        require(hidden_size > 0 and hidden_size % num_heads == 0, "hidden_size", hidden_size, f"a multiple of num_heads {num_heads}")
+        for key in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            require(is_integer(config[key]) and config[key] > 0, key, config[key], "an integer above 0")
+        mlp_hidden = int(hidden_size * mlp_ratio) if is_number(mlp_ratio) else 0
+        channels = int(2 / 3 * mlp_hidden) if use_swiglu else mlp_hidden
+        require(channels > 0, "mlp_ratio", mlp_ratio, "a number above 0 that leaves the feed-forward a channel or more")
+        dropped = is_number(class_dropout_prob) and 0 <= class_dropout_prob < 1
+        require(dropped, "class_dropout_prob", class_dropout_prob, "a number in [0, 1)")
+        require(input_size % patch_size == 0, "input_size", input_size, f"a multiple of patch_size {patch_size}")
+        require(hidden_size % num_heads == 0, "hidden_size", hidden_size, f"a multiple of num_heads {num_heads}")
         require(hidden_size % 4 == 0, "hidden_size", hidden_size, "a multiple of 4 (sine and cosine of two axes)")
         head_dim = hidden_size // num_heads
         require(not use_rope or head_dim % 4 == 0, "hidden_size / num_heads", head_dim, "a multiple of 4 (pairs on two axes)")
@@ -206,6 +209,9 @@ class LightningDiT(nn.Module):
         return block(*inputs)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None) -> None:
+        for name, tensor in dict(x=x, t=t, y=y).items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"LightningDiT: {name} must be a tensor, got {type(tensor).__name__}")
         expected = (self.in_channels, self.input_size, self.input_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"LightningDiT: x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, expected))})")
