@@ -121,6 +121,22 @@ def test_json_round_trip_and_refusals(tmp_path):
             artifacts.read_json(path)
     with pytest.raises(BadInput, match="no such file"):
         artifacts.read_json(tmp_path / "none.json")
+    with pytest.raises(BadInput, match=r"cannot be read \(Is a directory\); expected a file of JSON"):
+        artifacts.read_json(tmp_path)
+    with pytest.raises(BadInput, match=r"cannot be read \(Not a directory\)"):
+        artifacts.read_json(path / "a.json")
+    path.write_text("1" * 10_000)
+    with pytest.raises(BadInput, match="not valid JSON"):
+        artifacts.read_json(path)
+
+
+def test_an_unreadable_file_of_json_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(BadInput, match=r"a.json: cannot be read \(Permission denied\)"):
+        artifacts.read_json(tmp_path / "a.json")
 
 
 def test_sha256_both_ways(tmp_path):

@@ -136,6 +136,15 @@ def test_maps_that_do_not_match_are_named(shapes):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_vf_loss_names_a_batch_of_no_tokens_and_margins_that_are_no_numbers(impl):
+    with pytest.raises(ValueError, match="vf_loss: z is empty"):
+        vf_loss(torch.zeros(0, 4, 2, 2), torch.zeros(0, 4, 2, 2), 0, 0, impl=impl)
+    for margins, culprit in ((("0.1", 0.2), "distmat_margin"), ((0.1, None), "cos_margin"), ((float("nan"), 0.2), "distmat_margin")):
+        with pytest.raises(ValueError, match=f"^vf_loss: {culprit}: must be a finite number"):
+            vf_loss(tokens(), tokens(), *margins, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", ["0", "1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_golden_vf_loss(golden_dir, impl, case, dtype):

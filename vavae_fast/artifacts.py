@@ -73,12 +73,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """`BadInput` names the file when it is missing, not UTF-8 or not JSON."""
+    """`BadInput` names the file when it is missing, a folder, unreadable, not UTF-8 or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); expected a file of JSON") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid JSON ({type(error).__name__}); it is damaged, or not ours") from None
 
 

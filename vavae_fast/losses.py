@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vavae_kernels
+from vavae_fast.errors import is_number, require
 
 
 def vf_loss(
@@ -28,13 +29,17 @@ def vf_loss(
         mdms = mean_ij relu(|cos(z_i, z_j) - cos(aux_i, aux_j)| - distmat_margin)     over all N x N pairs of tokens
 
     With `projection` (F, C), aux has F channels and z is projected to them first. At least float32; fp64 stays fp64. A
-    zero token has cosine 0 with everything. impl "torch" is the text below; "auto" the fused operator, which never forms
-    the projected z, unless aux wants a gradient; "triton" insists on its kernels.
+    zero token has cosine 0 with everything. impl "torch" is the text below; "auto" the fused operator, unless aux wants
+    a gradient; "triton" insists on its kernels. `ValueError`: shapes that do not fit, no tokens, a margin that is no number.
     """
     channels = z.shape[1] if projection is None else projection.shape[0]
     if z.ndim != 4 or aux.shape != (z.shape[0], channels, *z.shape[2:]) or (projection is not None and projection.shape[1] != z.shape[1]):
         through = "" if projection is None else f" through a projection {tuple(projection.shape)}"
         raise ValueError(f"vf_loss: z is {tuple(z.shape)}{through} and aux {tuple(aux.shape)}; expected (B, C, H, W) on one grid")
+    if z.numel() == 0:
+        raise ValueError(f"vf_loss: z is empty, shape {tuple(z.shape)}: a mean over no tokens is not a number")
+    require(is_number(distmat_margin), "vf_loss: distmat_margin", distmat_margin, "a finite number")
+    require(is_number(cos_margin), "vf_loss: cos_margin", cos_margin, "a finite number")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"vf_loss: impl must be auto, torch or triton, got {impl!r}")
     if impl == "triton" or (impl == "auto" and not aux.requires_grad):

@@ -1,6 +1,7 @@
 """Shards of both kinds read the same; what is wrong with a file is said at once and by name."""
 
 import json
+import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,10 +115,14 @@ def test_threads_share_one_reader(folder, shards):
 
 @pytest.mark.parametrize("indices, flip, error", [
     ([13], None, IndexError), ([-1], None, IndexError), ([0.0], None, BadInput), ([0, 1], [True], BadInput), ([0], [1], BadInput),
+    ([2**70], None, IndexError), ([2**63, -1], None, IndexError), ([-(2**70), 0], None, IndexError), ([[0], [1, 2]], None, BadInput),
+    ([None], None, BadInput), (None, None, BadInput), ([0, 1], [[True], [True, False]], BadInput), ([0], "x", BadInput),
+    (torch.zeros(1, dtype=torch.bfloat16), None, BadInput), ([2**70, 0.5], None, BadInput),
 ])  # fmt: skip
 def test_bad_requests(folder, indices, flip, error):
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         open_latents(folder).read(indices, flip)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{folder}: ")
     with pytest.raises(BadInput, match="out must be"):
         open_latents(folder).read([0], out=torch.empty(2, *SHAPE))
 
@@ -185,6 +190,14 @@ def test_statistics_that_would_run_code_are_refused(folder, capsys):
     with pytest.raises(BadInput, match="not a readable statistics file"):
         open_latents(folder)
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_statistics_of_a_foreign_pickle_say_one_line(folder, recwarn):
+    """torch.load would warn over several lines of a pickle protocol that the file never chose for itself."""
+    (folder / "latents_stats.pt").write_bytes(pickle.dumps({"mean": 0.0, "std": 1.0}, protocol=4))
+    with pytest.raises(BadInput, match="latents_stats.pt"):
+        open_latents(folder)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04junk", b"0" * (2 << 20)])

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import struct
+import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vavae_fast.artifacts import read_json, replacing
-from vavae_fast.data.order import checked_indices
+from vavae_fast.data.order import checked_indices, to_array
 from vavae_fast.data.shards import STATISTICS, Moments, Shard, read_labels, read_shard
 from vavae_fast.errors import BadInput
 
@@ -145,9 +146,10 @@ class Latents:
         shard that was changed or cut. Safe from several threads.
         """
         indices = checked_indices(indices, len(self), str(self.folder))
-        mirrored = np.asarray(False if flip is None else flip)
+        expected = f"{self.folder}: flip must be one bool or {len(indices)}"
+        mirrored = to_array(False if flip is None else flip, expected)
         if mirrored.ndim == 1 and len(mirrored) != len(indices) or mirrored.ndim > 1 or (mirrored.size and mirrored.dtype != bool):
-            raise BadInput(f"{self.folder}: flip must be one bool or {len(indices)}, got shape {mirrored.shape} of {mirrored.dtype}")
+            raise BadInput(f"{expected}, got shape {mirrored.shape} of {mirrored.dtype}")
         if out is not None and (tuple(out.shape) != (len(indices), *self.shape) or out.dtype != torch.float32 or not out.is_contiguous()):
             raise BadInput(
                 f"{self.folder}: out must be contiguous float32 {(len(indices), *self.shape)}, got {tuple(out.shape)} {out.dtype}"
@@ -216,7 +218,9 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     if path.stat().st_size > _MAX_STATISTICS:
         raise BadInput(f"{path}: {path.stat().st_size} bytes are too many for two vectors; {cure}")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of foreign protocols, which are checked below or end in an error
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except _TORCH_LOAD_ERRORS as error:
         raise BadInput(f"{path}: not a readable statistics file ({type(error).__name__}); {cure}") from None
     pair = [value.get(key) if isinstance(value, dict) else None for key in ("mean", "std")]

@@ -7,13 +7,14 @@ one GPU or sixty-four train on the same global batches.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vavae_fast import rng
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, is_integer
 
 _BLOCK = 1 << 14
 
@@ -82,15 +83,23 @@ def check_shares(global_batch: int, world: int, micro_batch: int) -> None:
 
 def checked_indices(indices: Sequence[int] | np.ndarray | Tensor, n: int, what: str) -> np.ndarray:
     """Indices of any kind as (m,) int64, each in [0, n): `IndexError` outside it, `BadInput` when they are not integers."""
-    if isinstance(indices, Tensor):
-        indices = indices.detach().cpu().numpy()
-    array = np.asarray(indices)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    array = to_array(indices, f"{what}: indices must be a list of integers")
+    if array.ndim == 1 and array.dtype.kind in "Of" and all(map(is_integer, indices)):
+        array = np.array(list(indices), object)  # integers beyond int64
+    elif array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise BadInput(f"{what}: indices must be a list of integers, got shape {array.shape} of {array.dtype}")
     if array.size and not (0 <= array.min() and array.max() < n):
         outside = array[(array < 0) | (array >= n)][0]
         raise IndexError(f"{what}: index {outside} is outside [0, {n})")
     return array.astype(np.int64)
+
+
+def to_array(value: Any, expected: str) -> np.ndarray:
+    """`value` as NumPy sees it; `BadInput` of one line, opening with `expected`, for what is no array, as rows of unequal length."""
+    try:
+        return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    except (TypeError, ValueError):
+        raise BadInput(f"{expected}, got a {type(value).__name__} that is no array") from None
 
 
 def flips(seed: int, positions: np.ndarray) -> np.ndarray:
