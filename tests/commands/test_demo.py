@@ -40,7 +40,7 @@ def test_judge_knows_real_digits_from_noise():
 
 def test_samples_go_to_the_judge_unchanged(tmp_path):
     """What samples.npz holds of the real digits comes back as those digits."""
-    images = open_images("builtin:digits/test", size=16)
+    images = open_images("builtin:digits/test", size=8)
     pixels = images.read(range(50))
     np.savez(tmp_path / "samples.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), arr_1=images.labels[:50].numpy())
     read, labels = demo_judge.read_samples(tmp_path)

@@ -1,6 +1,5 @@
 """The demo's scores: an independent judge of digits at 8 x 8, for every arm, budget and guidance."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from vavae_fast import artifacts
 from vavae_fast.commands import build
-from vavae_fast.commands.demo_stages import ARMS, GUIDANCE, SHOWN, TEST, DemoPlan, Timeline, samples_folder
+from vavae_fast.commands.demo_stages import ARMS, GUIDANCE, SHOWN, SIZE, TEST, DemoPlan, Timeline, samples_folder
+from vavae_fast.commands.sample import image_grid, write_samples
 from vavae_fast.config import TokenizerConfig, load_config
 from vavae_fast.data import digits, digits_from_images, open_images
 from vavae_fast.evaluation import RBFClassifier, class_agreement, nearest_distances, pixel_frechet, psnr, spread
@@ -88,25 +88,28 @@ def tokenizer(plan: DemoPlan, arm: str):
 
 @torch.inference_mode()
 def reconstruct(plan: DemoPlan, arm: str, pixels: Tensor) -> Tensor:
-    """uint8 (N, 3, 16, 16) -> its reconstruction from the posterior's mean, uint8."""
+    """uint8 (N, 3, 8, 8) -> its reconstruction from the posterior's mean, uint8."""
     model = tokenizer(plan, arm)
     return to_uint8(model.decode(model.encode(to_unit(pixels)).mode()))
 
 
 def _reconstruction(plan: DemoPlan, arm: str) -> dict[str, float]:
     """Of the 360 held-out digits."""
-    images = open_images(TEST, size=16)
+    images = open_images(TEST, size=SIZE)
     pixels = images.read(range(len(images)))
     ours = reconstruct(plan, arm, pixels)
     return dict(psnr=float(psnr(ours, pixels).mean()), l1=float((to_unit(ours) - to_unit(pixels)).abs().mean()))
 
 
 def _publish(plan: DemoPlan) -> None:
-    guided, unguided = (samples_folder(plan, SHOWN, plan.budgets[1], name) for name in ("guided", "unguided"))
-    published = {"samples.npz": guided / "samples.npz", "samples_unguided.npz": unguided / "samples.npz", "samples.png": guided / "samples.png"}
-    for name, source in published.items():
-        with artifacts.replacing(plan.out / name) as temporary:
-            shutil.copyfile(source, temporary)
+    """The arm that is shown, its digits twice as large: samples.npz, samples_unguided.npz, samples.png."""
+    for name, guidance in (("samples", "guided"), ("samples_unguided", "unguided")):
+        images, labels = read_samples(samples_folder(plan, SHOWN, plan.budgets[1], guidance))
+        large = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).permute(0, 2, 3, 1).contiguous().numpy()
+        write_samples(plan.out / f"{name}.npz", large.shape, iter([large]), labels.numpy())
+        if guidance == "guided":
+            with artifacts.replacing(plan.out / "samples.png") as temporary:
+                image_grid(large[:100], columns=10).save(temporary, format="PNG")
 
 
 def table(plan: DemoPlan, metrics: dict[str, Any]) -> list[tuple[str, ...]]:

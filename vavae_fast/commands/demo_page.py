@@ -10,13 +10,13 @@ import torch
 from vavae_fast import artifacts
 from vavae_fast.commands import demo_judge
 from vavae_fast.commands._html import figure, page, paragraph, png_grid, scatter, svg_lines, table
-from vavae_fast.commands.demo_stages import ARMS, SHOWN, TEST, TRAIN, DemoPlan, Timeline, samples_folder
+from vavae_fast.commands.demo_stages import ARMS, SHOWN, SIZE, TEST, TRAIN, DemoPlan, Timeline, samples_folder
 from vavae_fast.commands.sample import image_grid
 from vavae_fast.data import digits_from_images, open_images, open_latents
 from vavae_fast.evaluation import nearest_distances
 
 ABOUT = (
-    "A VA-VAE (f8, 16 channels) and a LightningDiT, trained here from nothing on 1,797 handwritten digits (UCI Optical Recognition of "
+    "A VA-VAE (f4, 16 channels) and a LightningDiT, trained here from nothing on 1,797 handwritten digits (UCI Optical Recognition of "
     "Handwritten Digits) by the commands that train them on ImageNet. Where the paper uses pretrained networks this page uses stand-ins: "
     "a small ViT, trained on the same digits without labels, for DINOv2; a small classifier of digits for VGG16 in LPIPS; a kernel "
     "classifier for Inception. No number here compares with a published one."
@@ -26,8 +26,8 @@ ABOUT = (
 def write_page(plan: DemoPlan, metrics: dict[str, Any], timeline: Timeline) -> Path:
     """<out>/report.html, one self-contained file."""
     files = (
-        f"samples.npz: guided, {ARMS[SHOWN]}, {plan.budgets[1]} steps; samples_unguided.npz: the same labels without guidance; "
-        "metrics.json: all scores; tokenizer-*, latents-*, lightningdit-*, samples-*: every run."
+        f"samples.npz: guided, {ARMS[SHOWN]}, {plan.budgets[1]} steps; samples_unguided.npz: the same labels without guidance; each pixel "
+        "of a digit is twice as wide and high there. metrics.json: all scores; tokenizer-*, latents-*, lightningdit-*, samples-*: every run."
     )
     sections = [
         ("What this is", paragraph(ABOUT)),
@@ -45,13 +45,13 @@ def write_page(plan: DemoPlan, metrics: dict[str, Any], timeline: Timeline) -> P
 
 def write_overview(plan: DemoPlan) -> Path:
     """<out>/overview.png: held-out digits and their reconstructions, then guided samples, a row a class."""
-    images = open_images(TEST, size=16)
+    images = open_images(TEST, size=SIZE)
     pixels = images.read(range(20))
     samples, labels = demo_judge.read_samples(samples_folder(plan, SHOWN, plan.budgets[1], "guided"))
     rows = [samples[(labels == digit).nonzero()[:20, 0]] for digit in range(10)]
     sheet = image_grid(_nhwc(torch.cat((pixels, demo_judge.reconstruct(plan, SHOWN, pixels), *rows))), columns=20, border=1)
     with artifacts.replacing(plan.out / "overview.png") as temporary:
-        sheet.resize((2 * sheet.width, 2 * sheet.height), resample=0).save(temporary, format="PNG", optimize=True)
+        sheet.resize((4 * sheet.width, 4 * sheet.height), resample=0).save(temporary, format="PNG", optimize=True)
     return plan.out / "overview.png"
 
 
@@ -68,7 +68,7 @@ def _scores(plan: DemoPlan, metrics: dict[str, Any]) -> str:
 def _generated(plan: DemoPlan) -> str:
     """A block a class: generated digits, below them the nearest training digit of each, below real ones."""
     images, labels = demo_judge.read_samples(samples_folder(plan, SHOWN, plan.budgets[1], "guided"))
-    training = open_images(TRAIN, size=16)
+    training = open_images(TRAIN, size=SIZE)
     real = training.read(range(len(training)))
     columns, blocks = 10, []
     _, nearest = nearest_distances(digits_from_images(images), digits_from_images(real))
@@ -76,19 +76,19 @@ def _generated(plan: DemoPlan) -> str:
         ours = (labels == digit).nonzero()[:columns, 0]
         theirs = (training.labels == digit).nonzero()[: len(ours), 0]
         rows = torch.cat((images[ours], real[torch.as_tensor(nearest)[ours]], real[theirs]))
-        blocks.append(png_grid(_nhwc(rows), max(len(ours), 1), 2, f"digit {digit}"))
+        blocks.append(png_grid(_nhwc(rows), max(len(ours), 1), 4, f"digit {digit}"))
     caption = "For each digit: generated with guidance (top), the nearest training digit of each (middle), real training digits (bottom)."
     unguided, _ = demo_judge.read_samples(samples_folder(plan, SHOWN, plan.budgets[1], "unguided"))
-    freely = png_grid(_nhwc(unguided[:100]), 10, 2, "unguided samples")
+    freely = png_grid(_nhwc(unguided[:100]), 10, 4, "unguided samples")
     return figure("".join(blocks), caption) + figure(freely, "Without guidance, one column a digit.")
 
 
 def _reconstructions(plan: DemoPlan) -> str:
-    images = open_images(TEST, size=16)
+    images = open_images(TEST, size=SIZE)
     pixels = images.read(range(20))
     rows = [pixels, *(demo_judge.reconstruct(plan, arm, pixels) for arm in ARMS)]
     caption = "Held-out digits (top), then reconstructed: " + "; ".join(ARMS.values()) + "."
-    return figure(png_grid(_nhwc(torch.cat(rows)), len(pixels), 2, "reconstructions"), caption)
+    return figure(png_grid(_nhwc(torch.cat(rows)), len(pixels), 4, "reconstructions"), caption)
 
 
 def _curves(plan: DemoPlan) -> str:

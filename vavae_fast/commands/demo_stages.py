@@ -11,6 +11,7 @@ ARMS = {"no-vf": "without VF alignment", "vf": "aligned with a self-supervised s
 SHOWN = "vf"  # whose samples are samples.npz
 TRAIN, TEST = "builtin:digits/train", "builtin:digits/test"
 SAMPLES = 400
+SIZE = 8  # pixels of a digit, as they were scanned
 GUIDANCE = {"unguided": 1.0, "guided": None}  # None: the config's cfg_scale
 
 
@@ -81,7 +82,7 @@ def _device() -> str:
 def _training_digits():
     from vavae_fast.data import open_images
 
-    images = open_images(TRAIN, size=16)
+    images = open_images(TRAIN, size=SIZE)
     return images.read(range(len(images))), images.labels
 
 
