@@ -24,6 +24,7 @@ def record(run: Path) -> Path:
     keep = {key: metrics[key] for key in ("time", "versions", "seed", "protocol", "arms", "held_out", "shown", "stages")}
     result = dict(commit=commit, device=_device(), seconds=round(seconds, 1), **keep)
     path = RESULTS / f"demo-{'gpu' if 'CUDA' in result['device'] else 'cpu'}.json"
+    RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
