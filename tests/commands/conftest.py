@@ -7,8 +7,9 @@ import torch
 from tiny import Tiny, done, prepare
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
+    """For fixtures of every scope: bytes are compared, and they depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
