@@ -63,6 +63,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`text` as UTF-8, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -85,6 +86,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
 
@@ -120,6 +122,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def readable_bytes(count: float) -> str:
+    """`12.3 MB`: powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

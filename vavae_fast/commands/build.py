@@ -164,6 +164,7 @@ def images(path: Path | str, size: int, crop: str = "center") -> Images:
 
 
 def discriminator(config: TokenizerConfig) -> PatchDiscriminator:
+    """The PatchGAN of a tokenizer config, freshly initialised."""
     loss = config.model.params.lossconfig.params
     return PatchDiscriminator(config.model.params.ddconfig.out_ch, loss.disc_ndf, loss.disc_num_layers)
 

@@ -127,4 +127,5 @@ def train_arm_dit(plan: DemoPlan, arm: str) -> None:
 
 
 def samples_folder(plan: DemoPlan, arm: str, budget: int, guidance: str) -> Path:
+    """Where the samples of an arm after `budget` steps lie."""
     return plan.out / f"samples-{arm}-{budget}-{guidance}"
