@@ -24,7 +24,6 @@ class Stream(IntEnum):
     POSTERIOR = 5
     CROP = 6
     ORDER = 7
-    AUGMENT = 8
     SDE = 1 << 16  # + step: the increments of a stochastic sampler
 
 

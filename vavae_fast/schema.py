@@ -26,7 +26,7 @@ class DataConfig:
 
     data_path: str | None = None  # latent shards and latents_stats.pt
     valid_path: str | None = None  # must be null: the reference's code for it calls a function that is not there
-    fid_reference_file: str | None = None
+    fid_reference_file: str | None = None  # accepted; `evaluate` takes --reference
     image_size: int = 256
     num_classes: int = 1000
     num_workers: int = 8  # the reference's loader processes; ours reads with threads and needs none

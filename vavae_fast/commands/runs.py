@@ -4,13 +4,14 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from vavae_fast import artifacts
 from vavae_fast.config import Config, flatten, to_mapping, to_yaml
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, Interrupted
 from vavae_fast.parsing import read_yaml
 
 # Keys that may change between two starts of one run: they say how it is run and watched, not what it computes.
@@ -79,3 +80,17 @@ def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json of a run; a continued run's are replaced by the present ones."""
     artifacts.write_text(folder / "config.yaml", to_yaml(config))
     artifacts.write_json(folder / "manifest.json", artifacts.manifest("run", **facts))
+
+
+def run_steps(state: Any, step: Any, stream: Any, accumulation: int, settings: Any, world: Any, log: Any, start: int) -> Path:
+    """Train from step `start` on a stream's batches, `accumulation` a step; the run folder, or `Interrupted` after a signal."""
+    from vavae_fast.training.loop import train
+
+    with closing(stream.batches(start)) as batches:
+        steps = iter(lambda: list(islice(batches, accumulation)), [])
+        done = train(state, step, steps, settings, world, log, start)
+    log.say(f"step {done} of {settings.max_steps}: {settings.folder}")
+    log.close()
+    if done < settings.max_steps:
+        raise Interrupted(f"{settings.folder}: stopped at step {done} of {settings.max_steps}")
+    return settings.folder

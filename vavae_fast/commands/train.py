@@ -1,15 +1,14 @@
 """Train LightningDiT on latent shards. One process needs no launcher; torchrun train.py starts several."""
 
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, start_run
+from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
 from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_yaml, world_size
-from vavae_fast.errors import BadInput, Interrupted, require
+from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data_path=latents/train --fused"
 CONFIG = LightningDiTConfig
@@ -143,7 +142,7 @@ def _run(plan: TrainPlan, world) -> Path:
     from vavae_fast.models.lightningdit_cost import parameter_count
     from vavae_fast.training.dit import dit_step
     from vavae_fast.training.log import RunLog
-    from vavae_fast.training.loop import LoopSettings, resume, train
+    from vavae_fast.training.loop import LoopSettings, resume
 
     config = plan.config
     c = config.train
@@ -160,14 +159,7 @@ def _run(plan: TrainPlan, world) -> Path:
     share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
     stream = LatentStream(plan.latents, c.global_seed, share, config.data.latent_norm, config.data.latent_multiplier, config.data.flip, world.device)
     settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, c.keep_last, facts)
-    with closing(stream.batches(start)) as batches:
-        steps = iter(lambda: list(islice(batches, plan.accumulation)), [])
-        done = train(state, dit_step, steps, settings, world, log, start)
-    log.say(f"step {done} of {c.max_steps}: {plan.folder}")
-    log.close()
-    if done < c.max_steps:
-        raise Interrupted(f"{plan.folder}: stopped at step {done} of {c.max_steps}")
-    return plan.folder
+    return run_steps(state, dit_step, stream, plan.accumulation, settings, world, log, start)
 
 
 def _state(plan: TrainPlan, world, log):

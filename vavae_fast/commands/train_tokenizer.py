@@ -1,16 +1,15 @@
 """Train a VA-VAE on images: reconstruction, GAN and alignment with a vision foundation model."""
 
 import math
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, start_run
+from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
 from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_yaml, world_size
-from vavae_fast.errors import BadInput, Interrupted, require
+from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
 CONFIG = TokenizerConfig
@@ -149,7 +148,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     from vavae_fast.commands import build
     from vavae_fast.data.streams import ImageStream, Share
     from vavae_fast.training.log import RunLog
-    from vavae_fast.training.loop import LoopSettings, resume, train
+    from vavae_fast.training.loop import LoopSettings, resume
     from vavae_fast.training.tokenizer import tokenizer_step
 
     config = plan.config
@@ -168,14 +167,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)
     settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, c.keep_last, facts)
-    with closing(stream.batches(start)) as batches:
-        steps = iter(lambda: list(islice(batches, plan.accumulation)), [])
-        done = train(state, tokenizer_step, steps, settings, world, log, start)
-    log.say(f"step {done} of {plan.max_steps}: {plan.folder}")
-    log.close()
-    if done < plan.max_steps:
-        raise Interrupted(f"{plan.folder}: stopped at step {done} of {plan.max_steps}")
-    return plan.folder
+    return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start)
 
 
 def _state(plan: TokenizerPlan, world, log):
