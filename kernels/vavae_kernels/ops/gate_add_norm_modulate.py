@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype, check_shape, check_tensors
 from .._registry import use_triton
+from ._adaptive_norm import adaptive_norm
 from .norm_modulate import check_adaln, modulated, normalized
 
 
@@ -57,5 +58,6 @@ def gate_add_norm_modulate(
     check_tensors(op, residual=residual, y=y, gate=gate, scale=scale, optional=dict(shift=shift, weight=weight))
     check_adaln(op, residual, {"gate": gate, "scale": scale, "shift": shift}, weight, norm, eps, out_dtype)
     check_shape(op, "y", y, tuple(residual.shape))
-    use_triton(op, impl)
+    if use_triton(op, impl, residual, y, gate, scale, shift, weight):
+        return adaptive_norm(residual, y, gate, scale, shift, weight, norm == "layer", float(eps), out_dtype or y.dtype)
     return gate_add_norm_modulate_reference(residual, y, gate, scale, shift, weight, norm, eps, out_dtype)

@@ -5,7 +5,10 @@ norm "layer"  norm(x) = (x - mean) / sqrt(var + eps) · w        DiT, SiT (there
 
 Shapes  x (B, N, D); scale, shift (B, D), each may be a chunk view of one (B, 6 D) tensor; weight (D,) -> y (B, N, D).
 Dtypes  any mixture: an fp32 residual stream with bf16 modulation gives bf16. Arithmetic fp32, one rounding, at the store.
-Saved   x, scale, rstd (and mean).  HBM bytes a row of D, x at s and y at o bytes: forward D (s + o), backward D (2 s + o).
+Saved   x, scale, weight, rstd and mean (B, N).
+HBM bytes a row of D, x at s and y at o bytes: forward D (s + o), backward D (2 s + o); statistics and modulation come on top.
+
+The kernels are those of `_adaptive_norm.py`, which `rms_norm` and `gate_add_norm_modulate` share.
 """
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype, check, check_number, check_out_dtype, check_shape, check_tensors
 from .._registry import use_triton
+from ._adaptive_norm import adaptive_norm
 
 NORMS = ("rms", "layer")
 
@@ -62,8 +66,9 @@ def norm_modulate(
     op = "norm_modulate"
     check_tensors(op, x=x, scale=scale, optional=dict(shift=shift, weight=weight))
     check_adaln(op, x, {"scale": scale, "shift": shift}, weight, norm, eps, out_dtype)
-    use_triton(op, impl)
-    return norm_modulate_reference(x, scale, shift, weight, norm, eps, out_dtype)
+    if not use_triton(op, impl, x, scale, shift, weight):
+        return norm_modulate_reference(x, scale, shift, weight, norm, eps, out_dtype)
+    return adaptive_norm(x, None, None, scale, shift, weight, norm == "layer", float(eps), out_dtype or scale.dtype)[1]
 
 
 def check_adaln(

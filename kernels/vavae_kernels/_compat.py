@@ -1,0 +1,27 @@
+"""What differs between machines: Triton, there or not, compiled or interpreted. Nothing elsewhere asks.
+
+Without Triton every operator file still imports: `jit` then leaves a kernel a plain function that nobody calls, because
+`_registry.use_triton` never chooses it.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+
+    TRITON_VERSION: str | None = triton.__version__
+    INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when Triton was imported: kernels run on CPU tensors
+except ImportError:
+
+    class _Absent:
+        """Stands for `triton` and `tl` where neither is installed, as far as the definition of a kernel needs them."""
+
+        constexpr = object
+
+        @staticmethod
+        def jit(kernel):
+            return kernel
+
+    triton = tl = _Absent()
+    TRITON_VERSION, INTERPRETED = None, False
+
+__all__ = ["INTERPRETED", "TRITON_VERSION", "tl", "triton"]
