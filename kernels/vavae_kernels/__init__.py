@@ -18,6 +18,9 @@ _WHERE = {
     "flow_loss": "ops.flow_loss",
     "vf_loss": "ops.vf_loss",
     "AdamWEMA": "ops.adamw_ema",
+    "attention": "attention_backends",
+    "register_backend": "attention_backends",
+    "backend_table": "attention_backends",
     "patch": "patching",
 }
 __all__ = list(_WHERE)

@@ -85,7 +85,7 @@ def _operators(torch) -> str:
     """Which path `fused=True` takes here."""
     import vavae_kernels
 
-    names = ", ".join(name for name in vavae_kernels.__all__ if name not in ("patch", "AdamWEMA"))
+    names = ", ".join(name for name in vavae_kernels.__all__ if name not in ("patch", "AdamWEMA", "attention", "register_backend", "backend_table"))
     return f"reference path (PyTorch) for all: {names}; this version has no Triton kernels yet"
 
 
