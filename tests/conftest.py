@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton reads it when it is imported: kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 GOLDEN = Path(os.environ.get("VAVAE_GOLDEN", Path(__file__).parents[1].parent / "shared" / "golden"))
 
 

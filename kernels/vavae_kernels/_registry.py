@@ -11,6 +11,7 @@ from . import _compat, _launch
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 NAMESPACE = "vavae_kernels"
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # of every registered operator, by name: what the CUDA key runs
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels load and store; their arithmetic is fp32
 
 
@@ -54,6 +55,7 @@ def register(name: str, schema: str, launcher: Callable, fake: Callable) -> Call
     `register_autograd`. CPU tensors reach the launcher too: only the interpreter can run it there, and `use_triton` says so.
     While launches are only recorded, fake tensors reach it as well: real shapes then cost no memory.
     """
+    LAUNCHERS[name] = launcher
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CUDA", "CPU"):
