@@ -157,7 +157,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-@torch.compiler.assume_constant_result
+def _constant_in_graphs(function: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, without its import of the whole compiler, Triton included."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_in_graphs
 def _must_put_cudnn_first(device: torch.device) -> bool:
     """Whether PyTorch would try another of its kernels before cuDNN, though cuDNN is sound and the caller left all enabled.
 
@@ -195,7 +201,7 @@ def _flash_attn_3() -> Callable | None:
     return flash_attn_func
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 

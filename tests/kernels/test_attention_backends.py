@@ -118,6 +118,23 @@ def test_cudnn_comes_first_where_pytorch_does_not_see_to_it(orders, monkeypatch,
     assert torch._C._get_sdp_priority_order() == before
 
 
+def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
+    """Asking for the device and the version of cuDNN breaks no graph."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    in_order = []
+
+    def sdpa(q, k, v):
+        in_order.append(attention_backends._must_put_cudnn_first(q.device) and not attention_backends._is_hopper(q.device))
+        with torch.nn.attention.sdpa_kernel(attention_backends.CUDNN_FIRST, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    qkv = packed()
+    torch.testing.assert_close(torch.compile(sdpa, fullgraph=True, backend="aot_eager")(*qkv), by_hand(*qkv))
+    assert in_order == [True]
+
+
 def test_kernels_that_the_caller_switched_off_stay_off(orders, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
