@@ -1,7 +1,8 @@
 """Which implementation of an operator runs, and how its launchers become operators of PyTorch."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,18 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 NAMESPACE = "vavae_kernels"
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # of every registered operator, by name: what the CUDA key runs
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels load and store; their arithmetic is fp32
+_auto = "auto"
+
+
+@contextmanager
+def auto_means(impl: str) -> Iterator[None]:
+    """Inside, impl="auto" means `impl`: how a whole model runs on its kernels in the interpreter, or on the references of a GPU."""
+    global _auto
+    before, _auto = _auto, impl
+    try:
+        yield
+    finally:
+        _auto = before
 
 
 def use_triton(op: str, impl: str, *tensors: Tensor | None) -> bool:
@@ -23,13 +36,14 @@ def use_triton(op: str, impl: str, *tensors: Tensor | None) -> bool:
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    impl = _auto if impl == "auto" else impl
     if impl == "torch":
         return False
     given = [t for t in tensors if t is not None]
     odd_dtypes = [t.dtype for t in given if t.dtype not in STORAGE_DTYPES]
     on_gpu = all(t.is_cuda for t in given)
     if impl == "auto":
-        if on_gpu and _compat.TRITON_VERSION is None:
+        if on_gpu and _compat.TRITON_VERSION is None and not torch.compiler.is_compiling():
             _say_triton_is_missing()
         return on_gpu and _compat.TRITON_VERSION is not None and not odd_dtypes
     if _compat.TRITON_VERSION is None:
@@ -41,7 +55,6 @@ def use_triton(op: str, impl: str, *tensors: Tensor | None) -> bool:
     return True
 
 
-@torch.compiler.disable
 def _say_triton_is_missing() -> None:
     """The default filter of `warnings` shows it once."""
     warnings.warn("vavae_kernels: Triton is not installed, operators run their PyTorch reference: pip install triton", stacklevel=4)
