@@ -172,23 +172,28 @@ def adaptive_norm_bwd(
 @triton.jit
 def adaptive_norm_sums(
     sums_h, sums_dy, sums_gate, scale, weight, dscale, dshift, dgate, dweight,
-    SPLITS, D, scale_b, P: tl.constexpr,
+    SPLITS, D, scale_b, S: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """One program: P columns of one sample. Adds the partials and writes the gradients that belong to the sample."""
-    b = tl.program_id(1).to(tl.int64)
-    column_P = tl.program_id(0) * P + tl.arange(0, P)
+    """One program: P columns of one sample. Adds the partials, S at a time, and writes the gradients that belong to the sample."""
+    b = tl.program_id(0).to(tl.int64)
+    column_P = tl.program_id(1) * P + tl.arange(0, P)
     in_P = column_P < D
-    h_P = tl.zeros((P,), tl.float32)
-    dy_P = tl.zeros((P,), tl.float32)
-    gate_P = tl.zeros((P,), tl.float32)
-    for split in range(SPLITS):
-        offset_P = (b * SPLITS + split) * D + column_P
+    h_SP = tl.zeros((S, P), tl.float32)
+    dy_SP = tl.zeros((S, P), tl.float32)
+    gate_SP = tl.zeros((S, P), tl.float32)
+    for first in range(0, SPLITS, S):
+        split_S = first + tl.arange(0, S)
+        offset_SP = (b * SPLITS + split_S)[:, None] * D + column_P[None, :]
+        mask_SP = (split_S < SPLITS)[:, None] & in_P[None, :]
         if sums_h is not None:
-            h_P += tl.load(sums_h + offset_P, mask=in_P, other=0.0)
+            h_SP += tl.load(sums_h + offset_SP, mask=mask_SP, other=0.0)
         if dshift is not None:
-            dy_P += tl.load(sums_dy + offset_P, mask=in_P, other=0.0)
+            dy_SP += tl.load(sums_dy + offset_SP, mask=mask_SP, other=0.0)
         if dgate is not None:
-            gate_P += tl.load(sums_gate + offset_P, mask=in_P, other=0.0)
+            gate_SP += tl.load(sums_gate + offset_SP, mask=mask_SP, other=0.0)
+    h_P = tl.sum(h_SP, 0)
+    dy_P = tl.sum(dy_SP, 0)
+    gate_P = tl.sum(gate_SP, 0)
     out_P = b * D + column_P
     if dweight is not None:
         by_scale_P = h_P
@@ -263,11 +268,12 @@ def _backward(
     )  # fmt: skip
     if any(s is not None for s in sums.values()):
         by_sample = x.new_empty((B, D), dtype=torch.float32) if weight is not None else None
-        config = Config((128,), warps=4)
+        S = min(64, 1 << (splits - 1).bit_length())
+        P = 128 if B * D > 16384 else 16  # few samples have many partials: narrow columns make enough programs
         given = [t if t.numel() else None for t in (dscale, dshift, dgate)]
         launch(
-            adaptive_norm_sums, (cdiv(D, 128), B), *sums.values(), scale, weight, *given, by_sample,
-            splits, D, *_strides(scale, 1), P=128, config=config,
+            adaptive_norm_sums, (B, cdiv(D, P)), *sums.values(), scale, weight, *given, by_sample,
+            splits, D, *_strides(scale, 1), S=S, P=P, config=Config((S, P)),
         )  # fmt: skip
         if by_sample is not None:
             torch.sum(by_sample, 0, out=dweight)
