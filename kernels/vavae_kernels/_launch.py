@@ -55,6 +55,7 @@ class Launch:
 _watcher: Callable[[Launch], None] | None = None
 _dry = False
 _chosen: dict[str, Config] = {}
+_asked: list[tuple[str, str]] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constexprs: Any) -> None:
@@ -90,6 +91,8 @@ def watched(watcher: Callable[[Launch], None], run: bool = True) -> Iterator[Non
 
 def choose(kernel: str, key: tuple[int | torch.dtype, ...], default: Config, device: torch.device) -> Config:
     """The launch configuration of `kernel` for a shape and dtype `key`: forced, tuned for this GPU, else `default`."""
+    if _asked is not None:
+        _asked.append((kernel, describe(key)))
     if kernel in _chosen:
         return _chosen[kernel]
     if device.type != "cuda":
@@ -107,6 +110,17 @@ def forced(configs: Mapping[str, Config]) -> Iterator[None]:
     finally:
         _chosen.clear()
         _chosen.update(before)
+
+
+@contextmanager
+def questions() -> Iterator[list[tuple[str, str]]]:
+    """Inside, every call of `choose` is noted: the kernel, and its key as the JSON files write it."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 def describe(key: tuple[int | torch.dtype, ...]) -> str:
