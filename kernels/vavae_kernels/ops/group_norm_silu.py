@@ -4,7 +4,9 @@ Wu & He 2018; mean and variance over the pixels and channels of a group, in fp32
 
 Shapes  x (B, C, H, W), weight, bias (C,) -> y (B, C, H, W) in x's dtype and memory format (channels_last stays so:
         torch's own GroupNorm gives NCHW). Arithmetic fp32, one rounding, at the store of y.
-Saved   x, mean, rstd (B, G).  HBM bytes an element at s bytes: forward 3 s, backward 5 s.
+Saved   x, weight, bias, mean, rstd (B, G).  HBM bytes an element at s bytes: forward 3 s, backward 5 s.
+
+The kernels are in `_group_norm.py`. Cotangents of either memory format are taken.
 """
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype, check, check_number, check_shape, check_tensors, is_integer
 from .._registry import use_triton
+from ._group_norm import group_norm
+from ._layout import memory_format
 
 
 def group_norm_silu_reference(
@@ -22,12 +26,7 @@ def group_norm_silu_reference(
     dtype = arithmetic_dtype(x, weight, bias)
     n = F.group_norm(x.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
     y = (n * torch.sigmoid(n) if silu else n).to(x.dtype)
-    return y.contiguous(memory_format=_memory_format(x))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def group_norm_silu(
@@ -38,10 +37,13 @@ def group_norm_silu(
     check_tensors(op, x=x, weight=weight, bias=bias)
     check(x.ndim == 4, op, f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
     channels = x.shape[1]
-    check(is_integer(num_groups) and num_groups > 0, op, f"num_groups must be an integer above 0, got {num_groups!r}")
+    if not (is_integer(num_groups) and num_groups > 0):  # messages made only for an error: torch.compile cannot print a symbolic number
+        raise ValueError(f"{op}: num_groups must be an integer above 0, got {num_groups!r}")
     check_number(op, "eps", eps)
-    check(channels % num_groups == 0, op, f"{channels} channels do not divide into {num_groups} groups")
+    if channels % num_groups != 0:
+        raise ValueError(f"{op}: {channels} channels do not divide into {num_groups} groups")
     check_shape(op, "weight", weight, (channels,))
     check_shape(op, "bias", bias, (channels,))
-    use_triton(op, impl)
+    if use_triton(op, impl, x, weight, bias):
+        return group_norm(x, int(num_groups), weight, bias, float(eps), bool(silu))
     return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu)
