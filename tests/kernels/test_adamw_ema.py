@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vavae_kernels import AdamWEMA, _compat
 from vavae_kernels._extension import BuildError
@@ -383,7 +384,7 @@ def test_only_floating_point_and_dense():
     with pytest.raises(ValueError, match="AdamWEMA: parameters must be floating point, 0 is torch.complex64"):
         AdamWEMA([torch.zeros(2, dtype=torch.complex64)])
     p = nn.Parameter(torch.zeros(3, device=DEVICE))
-    p.grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), device=DEVICE)
+    p.grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), device=DEVICE, check_invariants=True)
     with pytest.raises(ValueError, match="AdamWEMA: gradients must be dense"):
         AdamWEMA([p]).step()
 
@@ -391,7 +392,7 @@ def test_only_floating_point_and_dense():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(found_inf=torch.zeros(2)), "found_inf must be a tensor of one element"),
+        (dict(found_inf=torch.zeros(2)), "found_inf must be a tensor of one element, got shape \\(2,\\)"),
         (dict(found_inf=True), "found_inf must be a tensor of one element, got True"),
         (dict(grad_scale=torch.ones((), device="meta")), "grad_scale is on meta, the parameters on"),
     ],
@@ -409,6 +410,29 @@ def test_rates_that_a_kernel_cannot_read(name, rate):
     params = parameters()
     with pytest.raises(ValueError, match=f"AdamWEMA: {name} as a tensor must be \\(\\) torch.float32 on {DEVICE.type}"):
         AdamWEMA(params, **{name: rate}).step()
+
+
+def test_no_step_waits_for_the_device(impl, monkeypatch):
+    """Nothing asks for a number: not in the open (item), not in passing (a message that shows a tensor)."""
+
+    class NoNumbers(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default, "a step asked for the value of a tensor"
+            return function(*args, **(kwargs or {}))
+
+    def shown(tensor, **_):
+        raise AssertionError("a step showed a tensor")
+
+    params = parameters()
+    set_gradients(params, 0)
+    params[2].grad = None
+    monkeypatch.setattr(torch.Tensor, "__repr__", shown)
+    with NoNumbers():
+        optimizer = AdamWEMA(params, lr=scalar(0.1), ema_decay=scalar(0.9), impl=impl, bf16_copy=True)
+        for _ in range(2):
+            optimizer.step(found_inf=scalar(0.0), grad_scale=scalar(2.0))
+    with pytest.raises(AssertionError, match="asked for the value"), NoNumbers():
+        scalar(1.0).item()
 
 
 def test_rates_may_lie_on_the_device(impl):

@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from vavae_kernels import AdamWEMA, _extension
 from vavae_kernels._extension import BuildError, build, cache_folder, command, library, nvcc, sources
+from vavae_kernels.ops import _adamw_ema_compiled
 from vavae_kernels.ops._adamw_ema_compiled import CompiledStep, Slot
 from vavae_kernels.ops.adamw_ema import adamw_ema_reference, ema_reference
 from vavae_kernels.testing.numerics import Error
@@ -390,6 +393,95 @@ def test_the_device_library_loads_and_says_what_is_missing(cache):
     assert b"driver" in lib.vavae_error(lib.vavae_adamw_ema_prepare(0)).lower()
     exported = {name for name in ("vavae_adamw_ema", "vavae_adamw_ema_prepare", "vavae_error") if hasattr(lib, name)}
     assert len(exported) == 3
+
+
+# As much of CUDA as adamw_ema.cu uses, on the CPU: a launch runs the kernel for every thread, one after the other, and is written down.
+CUDA_OF_THE_TESTS = """
+#pragma once
+#include <cstddef>
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInsufficientDriver = 35 };
+using cudaStream_t = struct Stream*;
+struct cudaFuncAttributes {};
+struct dim3 { unsigned x, y, z; explicit dim3(unsigned x) : x(x), y(1), z(1) {} };
+inline dim3 blockIdx(0), threadIdx(0);
+inline int driver = 13000, device = -1, loaded = 0;
+inline cudaError_t cudaDriverGetVersion(int* version) { *version = driver; return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int index) { device = index; return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { loaded++; return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInsufficientDriver ? "driver too old" : "some error"; }
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments, size_t, cudaStream_t stream);
+"""
+LAUNCHES = """
+#include "adamw_ema.cu"
+#include <vector>
+static std::vector<long long> launches;
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments, size_t shared, cudaStream_t stream) {
+  launches.insert(launches.end(), {grid.x, threads.x, device, (long long)stream});
+  if (grid.y != 1 || grid.z != 1 || threads.y != 1 || threads.z != 1 || shared != 0) return cudaErrorInvalidValue;
+  const auto run = reinterpret_cast<void (*)(AdamwTable)>(const_cast<void*>(kernel));
+  for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++)
+    for (threadIdx.x = 0; threadIdx.x < threads.x; threadIdx.x++) run(*static_cast<AdamwTable*>(arguments[0]));
+  return cudaSuccess;
+}
+extern "C" long long* recorded(long long* count) { *count = launches.size() / 4; return launches.data(); }
+extern "C" int set_driver(int version) { driver = version; return loaded; }
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda_of_the_tests(tmp_path_factory) -> Path:
+    """csrc/adamw_ema.cu as a C++ program."""
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "cuda_runtime.h").write_text(CUDA_OF_THE_TESTS)
+    (folder / "launches.cpp").write_text(LAUNCHES)
+    arguments = [*command("adamw_ema", "cpu")[:-1], f"-I{folder}", f"-I{sources()}", str(folder / "launches.cpp"), "-o", str(folder / "cuda.so")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "cuda.so"
+
+
+@needs_compiler
+def test_the_device_source_as_it_launches(cuda_of_the_tests, monkeypatch, tmp_path):
+    """Device 3, the current stream, one launch a table and one that counts: the same bits as the host build."""
+    lib = ctypes.CDLL(str(shutil.copy(cuda_of_the_tests, tmp_path)))
+    monkeypatch.setattr(_adamw_ema_compiled, "library", lambda name, device: lib if device.type == "cuda" else library(name, device))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x1234))
+    step = CompiledStep(torch.device("cuda", 3))
+    assert lib.set_driver(13000) == 10  # every kernel was loaded
+
+    kinds = [(p, g) for p in STORAGE for g in (*STORAGE, None)]
+    some = [slot(n, p, g, seed=n) for n, (p, g) in enumerate(kinds)] + [slot(CHUNK + 5), slot(0)]
+    many = [slot(i % 3, seed=i) for i in range(TENSORS + 1)]
+    for slots in (some, many, [slot(0)]):
+        twins = [clone(s) for s in slots]
+        step(slots, GROUP, None, torch.tensor(3.0))
+        CompiledStep(CPU)(twins, GROUP, None, torch.tensor(3.0))
+        assert all(a is None or torch.equal(a, b) for s, t in zip(slots, twins) for a, b in zip(s, t))
+
+    count = ctypes.c_longlong()
+    lib.recorded.restype = ctypes.POINTER(ctypes.c_longlong)
+    record = lib.recorded(ctypes.byref(count))
+    launches = [tuple(record[4 * i : 4 * i + 4]) for i in range(count.value)]
+    assert all(launch[1:] == (256, 3, 0x1234) for launch in launches)
+    blocks = [launch[0] for launch in launches]
+    # Nine pairs of dtypes. fp32, fp32 comes first, with rows of 0 and 3 elements (the latter without gradient), CHUNK + 5 and 0.
+    assert blocks[:2] == [0 + 1 + 2 + 0, 1] and len(blocks[:18]) == 18
+    # Two tables: as many blocks as rows with elements, then 448 steps in two blocks; one row and its step. Then a step alone.
+    assert blocks[18:] == [sum(i % 3 > 0 for i in range(TENSORS)), 2, 1, 1, 1]
+
+
+@needs_compiler
+def test_a_driver_that_is_too_old_is_no_kernel(cuda_of_the_tests, monkeypatch, tmp_path):
+    lib = ctypes.CDLL(str(shutil.copy(cuda_of_the_tests, tmp_path)))
+    monkeypatch.setattr(_adamw_ema_compiled, "library", lambda name, device: lib)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    lib.set_driver(12000)
+    with pytest.raises(BuildError, match="the kernel cannot be loaded on cuda:0: driver too old"):
+        CompiledStep(torch.device("cuda", 0))
 
 
 @pytest.mark.gpu

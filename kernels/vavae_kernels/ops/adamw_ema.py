@@ -151,10 +151,10 @@ class AdamWEMA(torch.optim.Optimizer):
     lr and ema_decay of a group may be () fp32 tensors on the device: a CUDA graph then follows what is written into them. Take one
     step before capturing: it makes the state.
 
-    impl "auto": on a GPU the kernel of `csrc`, compiled when the optimizer is made; where it cannot be, torch.optim's fused AdamW and
-    a foreach EMA, said once; the reference on other devices, for fp64 and for tensors with gaps. "torch": never the kernel. "triton",
-    the name that asks every operator for its own kernel: an error instead of a fallback, and on CPU tensors, under
-    TRITON_INTERPRET=1, the host build of the same source.
+    impl "torch": PyTorch's operators, on a GPU its fused AdamW where that takes the tensors, else the reference. "auto": on a GPU the
+    kernel of `csrc`, compiled when the optimizer is made; PyTorch's operators where it cannot be (said once), on other devices, for fp64
+    and for tensors with gaps. "triton", the name that asks every operator for its own kernel: an error instead of PyTorch's operators;
+    on CPU tensors, under TRITON_INTERPRET=1, the host build of the same source.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets found_inf and grad_scale
@@ -170,14 +170,14 @@ class AdamWEMA(torch.optim.Optimizer):
         impl: str = "auto",
         bf16_copy: bool = False,
     ):
-        rate = isinstance(lr, Tensor) or (is_number(lr) and lr >= 0)
-        check(rate, "AdamWEMA", f"lr must be a number, 0 or more, or a () tensor, got {lr!r}")
-        for name, value in dict(eps=eps, weight_decay=weight_decay).items():
+        numbers = dict(eps=eps, weight_decay=weight_decay) if isinstance(lr, Tensor) else dict(lr=lr, eps=eps, weight_decay=weight_decay)
+        for name, value in numbers.items():
             check(is_number(value) and value >= 0, "AdamWEMA", f"{name} must be a number, 0 or more, got {value!r}")
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
         check(pair, "AdamWEMA", f"betas must be a pair of numbers in [0, 1), got {betas!r}")
-        decay = ema_decay is None or isinstance(ema_decay, Tensor) or (is_number(ema_decay) and 0 <= ema_decay <= 1)
-        check(decay, "AdamWEMA", f"ema_decay must be a number in [0, 1], a () tensor or None, got {ema_decay!r}")
+        if not isinstance(ema_decay, Tensor):
+            decay = ema_decay is None or (is_number(ema_decay) and 0 <= ema_decay <= 1)
+            check(decay, "AdamWEMA", f"ema_decay must be a number in [0, 1], a tensor or None, got {ema_decay!r}")
         check(impl in IMPLEMENTATIONS, "AdamWEMA", f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self._impl = impl
         self._bf16: dict[Tensor, Tensor] | None = {} if bf16_copy else None
@@ -381,7 +381,8 @@ def _scalar_on(device: torch.device, name: str, value: Tensor | None) -> Tensor 
     """`value` as an fp32 tensor of one element; on the device already, since bringing it there could wait for it."""
     if value is None:
         return None
-    check(isinstance(value, Tensor) and value.numel() == 1, "AdamWEMA", f"{name} must be a tensor of one element, got {value!r}")
+    given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)  # repr of a tensor waits for its value
+    check(isinstance(value, Tensor) and value.numel() == 1, "AdamWEMA", f"{name} must be a tensor of one element, got {given}")
     value = _local(value)
     check(value.device == device, "AdamWEMA", f"{name} is on {value.device}, the parameters on {device}")
     return value.detach().to(torch.float32)
