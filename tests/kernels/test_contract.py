@@ -197,7 +197,7 @@ def test_offsets_past_two_to_the_31(spec):
     expected = result(spec, numerics.copied(inputs), cotangents)
 
     def far_apart(tensor):
-        if tensor.ndim < 3 or not tensor.is_contiguous() or tensor.shape[0] != 3:
+        if tensor.ndim < 3 or tensor.stride(0) < max(tensor.stride()) or tensor.shape[0] != 3:
             return tensor
         twin = torch.empty_strided(tensor.shape, (2**30 + 8, *tensor.stride()[1:]), dtype=tensor.dtype, device=tensor.device)
         return twin.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
@@ -283,7 +283,7 @@ def test_compiles_for_every_gpu_without_spills(spec):
         assert row["registers"] <= spec.registers and row["stack"] == row["spills"] == 0, row
 
 
-@pytest.mark.slow  # compiles every dtype and variant: about a minute an operator
+@pytest.mark.exhaustive
 @each_spec
 def test_compiles_every_dtype_and_variant(spec):
     compiled_offline(spec.name, "all")

@@ -255,7 +255,7 @@ def _forward(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, s
 
 
 def _forward_outputs(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    of_group = (len(x), groups)
+    of_group = (x.shape[0], groups)
     y = torch.empty_like(x, memory_format=memory_format(x))
     return y, x.new_empty(of_group, dtype=torch.float32), x.new_empty(of_group, dtype=torch.float32)
 

@@ -66,7 +66,7 @@ def _forward(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     N = x1[:1].numel()
     config = choose("flow_interpolate_fwd", (N, x0.dtype, x1.dtype), Config((2048,)), x1.device)
     (P,) = config.tile
-    launch(flow_interpolate_fwd, (len(x1) * cdiv(N, P),), x0, x1, t, x_t, N, t.stride(0), P=P, config=config)
+    launch(flow_interpolate_fwd, (x1.shape[0] * cdiv(N, P),), x0, x1, t, x_t, N, t.stride(0), P=P, config=config)
     return x_t
 
 
@@ -82,7 +82,7 @@ def _backward(
     dx0, dx1, dt = outputs
     layout = memory_format(dx_t)
     dx_t, x0, x1 = (None if x is None else x.contiguous(memory_format=layout) for x in (dx_t, x0, x1))
-    B, N = len(dx_t), dx_t[:1].numel()
+    B, N = dx_t.shape[0], dx_t[:1].numel()
     config = choose("flow_interpolate_bwd", (N, dx_t.dtype), Config((2048,)), dx_t.device)
     (P,) = config.tile
     parts = None if x0 is None else dt.new_empty((B, cdiv(N, P)))
@@ -101,7 +101,7 @@ def _backward_outputs(
     def gradient(dtype: torch.dtype | None) -> Tensor:
         return dx_t.new_empty(0) if dtype is None else torch.empty_like(dx_t, dtype=dtype, memory_format=memory_format(dx_t))
 
-    return gradient(x0_dtype), gradient(x1_dtype), t.new_empty(0 if x0 is None else len(t), dtype=torch.float32)
+    return gradient(x0_dtype), gradient(x1_dtype), t.new_empty(0 if x0 is None else t.shape, dtype=torch.float32)
 
 
 _forward_op = register("flow_interpolate_fwd", "(Tensor x0, Tensor x1, Tensor t) -> Tensor", _forward, _forward_outputs)

@@ -166,7 +166,7 @@ def _forward(v: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_outputs(v: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    return v.new_empty(len(v), dtype=torch.float32), v.new_empty(len(v), dtype=torch.float32)
+    return v.new_empty(v.shape[0], dtype=torch.float32), v.new_empty(v.shape[0], dtype=torch.float32)
 
 
 def _backward(dmse: Tensor | None, dcosine: Tensor | None, v: Tensor, x0: Tensor, x1: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """`flow_interpolate`: the state at time t between noise and data."""
 
+import math
+
 import torch
 
 from ..._launch import Config
@@ -8,24 +10,20 @@ from ..spec import Dtypes, Inputs, Shape, Spec
 
 
 def _inputs(shape: Shape, dtypes: Dtypes, variant: str, device: torch.device) -> Inputs:
-    """Data in the stream's dtype, noise in the other's. Training asks for no gradient; a variant names those that it asks for."""
+    """Data in the stream's dtype, noise in the other's, and all gradients; training asks for none."""
     size = tuple(shape.values())
-    inputs = dict(
-        x0=torch.randn(size, device=device).to(dtypes.other),
-        x1=torch.randn(size, device=device).to(dtypes.stream),
-        t=torch.rand(size[:1], device=device).to(dtypes.stream),
+    return dict(
+        x0=torch.randn(size, device=device).to(dtypes.other).requires_grad_(),
+        x1=torch.randn(size, device=device).to(dtypes.stream).requires_grad_(),
+        t=torch.rand(size[:1], device=device).to(dtypes.stream).requires_grad_(),
     )
-    return {name: tensor.requires_grad_(name in variant.split()) for name, tensor in inputs.items()}
 
 
 def _bytes(shape: Shape, dtypes: Dtypes, variant: str) -> tuple[int, int]:
-    """Forward reads both and writes x_t; backward reads the cotangent, and both again for t, and writes what is asked for."""
-    elements = 1
-    for extent in shape.values():
-        elements *= extent
+    """Forward reads both and writes x_t; backward reads the cotangent, and both again for t, and writes dx0 and dx1."""
+    elements = math.prod(shape.values())
     s, o = dtypes.stream.itemsize, dtypes.other.itemsize
-    backward = {"x0 x1": 2 * s + o, "t": 2 * s + o, "x0 x1 t": 3 * s + 2 * o}
-    return elements * (2 * s + o), elements * backward[variant]
+    return elements * (2 * s + o), elements * (3 * s + 2 * o)
 
 
 TILES = tuple(Config((P,), warps) for P, warps in ((2048, 4), (1024, 4), (4096, 8), (512, 4)))
@@ -36,7 +34,6 @@ SPEC = Spec(
     reference=flow_interpolate_reference,
     inputs=_inputs,
     gradients=("x0", "x1", "t"),
-    variants=("x0 x1", "t", "x0 x1 t"),
     dtypes=("fp32", "mixed", "bf16", "fp16"),
     small={
         "latents": dict(B=3, C=4, H=5, W=7),
