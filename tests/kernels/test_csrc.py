@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,7 +241,7 @@ def test_the_sources_are_found_and_packaged():
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
+def empty_cache(tmp_path, monkeypatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "vavae_kernels"
@@ -268,18 +270,18 @@ def tiny_sources(tmp_path, monkeypatch) -> Path:
 
 
 @needs_compiler
-def test_builds_once_and_again_when_a_source_changes(cache, tiny_sources):
+def test_builds_once_and_again_when_a_source_changes(empty_cache, tiny_sources):
     first = build("answer", "cpu")
     written = first.stat().st_mtime_ns
     assert build("answer", "cpu") == first and first.stat().st_mtime_ns == written and ctypes.CDLL(str(first)).answer() == 42
     (tiny_sources / "answer.h").write_text("#define ANSWER 43\n")
     second = build("answer", "cpu")
     assert second != first and ctypes.CDLL(str(second)).answer() == 43
-    assert sorted(cache.iterdir()) == sorted([first, second])  # no scratch left behind
+    assert sorted(empty_cache.iterdir()) == sorted([first, second])  # no scratch left behind
 
 
 @needs_compiler
-def test_many_may_build_at_once(cache, tiny_sources, monkeypatch):
+def test_many_may_build_at_once(empty_cache, tiny_sources, monkeypatch):
     """Ranks that start together: all get a whole library, one file stays."""
     together, answers = threading.Barrier(4), []
     original = _extension._run
@@ -295,17 +297,17 @@ def test_many_may_build_at_once(cache, tiny_sources, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(answers) == 4 and set(answers) == set(cache.iterdir()) and ctypes.CDLL(str(answers[0])).answer() == 42
+    assert len(answers) == 4 and set(answers) == set(empty_cache.iterdir()) and ctypes.CDLL(str(answers[0])).answer() == 42
 
 
 @needs_compiler
-def test_what_can_go_wrong_is_one_line(cache, tiny_sources, monkeypatch, tmp_path):
+def test_what_can_go_wrong_is_one_line(empty_cache, tiny_sources, monkeypatch, tmp_path):
     (tiny_sources / "broken.cpp").write_text("int f( {\n")
     with pytest.raises(BuildError, match=r"failed with exit code \d+: .*broken.cpp:1.*error") as error:
         build("broken", "cpu")
-    assert "\n" not in str(error.value) and list(cache.iterdir()) == []
-    cache.rmdir()
-    cache.write_text("a file in the way")
+    assert "\n" not in str(error.value) and list(empty_cache.iterdir()) == []
+    empty_cache.rmdir()
+    empty_cache.write_text("a file in the way")
     with pytest.raises(BuildError, match="csrc/answer cannot be written to .*; set TORCH_EXTENSIONS_DIR"):
         build("answer", "cpu")
     monkeypatch.setenv("CXX", "no-such-compiler -g")
@@ -318,7 +320,7 @@ def test_what_can_go_wrong_is_one_line(cache, tiny_sources, monkeypatch, tmp_pat
 
 
 @needs_compiler
-def test_cxx_names_the_compiler_with_its_words(cache, tiny_sources, monkeypatch):
+def test_cxx_names_the_compiler_with_its_words(empty_cache, tiny_sources, monkeypatch):
     monkeypatch.setenv("CXX", f"{shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')} -DANSWER_IS_TAKEN")
     assert "-DANSWER_IS_TAKEN" in command("answer", "cpu") and ctypes.CDLL(str(build("answer", "cpu"))).answer() == 42
 
@@ -342,8 +344,14 @@ def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
 REGISTERS = 85  # three thread blocks of 256 on a multiprocessor of 65,536
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
+    """target -> csrc/adamw_ema.cu as its machine code, by the flags of the build, and what ptxas says of it."""
+    folder = tmp_path_factory.mktemp("cubin")
+    return cache(lambda target: cubin(target, folder))
+
+
 def cubin(target: str, folder: Path) -> tuple[Path, str]:
-    """csrc/adamw_ema.cu as machine code of one architecture, by the flags of the build, and what ptxas says of it."""
     arguments = [word for word in command("adamw_ema", target) if word not in ("-shared", "-Xcompiler", "-fPIC")]
     file = folder / f"{target}.cubin"
     done = subprocess.run([*arguments, "-cubin", "-Xptxas", "-v", "-o", str(file)], capture_output=True, text=True, check=False)
@@ -355,8 +363,8 @@ def cubin(target: str, folder: Path) -> tuple[Path, str]:
 
 @needs_nvcc
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100", "sm_120"])
-def test_nvcc_compiles_without_stack_or_spills(target, tmp_path):
-    _, report = cubin(target, tmp_path)
+def test_nvcc_compiles_without_stack_or_spills(target, compiled):
+    _, report = compiled(target)
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert len(stacks) == len(registers) == 10  # nine pairs of storage types, and the count of steps
@@ -365,13 +373,13 @@ def test_nvcc_compiles_without_stack_or_spills(target, tmp_path):
 
 
 @needs_nvcc
-def test_fp32_moves_in_16_bytes(tmp_path):
+def test_fp32_moves_in_16_bytes(compiled):
     """The machine code of the fp32 kernel: five streams loaded by 128-bit instructions and nothing through generic or local memory."""
     triton = pytest.importorskip("triton", reason="needs the disassembler that Triton carries")
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     if not nvdisasm.is_file():
         pytest.skip("needs the disassembler that Triton carries")
-    file, _ = cubin("sm_90a", tmp_path)
+    file, _ = compiled("sm_90a")
     code = subprocess.run([nvdisasm, "-c", file], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"\n\.text\.(\S+):\n", code)
     kernels = dict(zip(parts[1::2], parts[2::2]))
@@ -386,7 +394,7 @@ def test_fp32_moves_in_16_bytes(tmp_path):
 
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_the_device_library_loads_and_says_what_is_missing(cache):
+def test_the_device_library_loads_and_says_what_is_missing(empty_cache):
     """Compiled, linked and called through the interface that Python uses; the answer is CUDA's error, not a crash."""
     lib = ctypes.CDLL(str(build("adamw_ema", "sm_90")))
     lib.vavae_error.restype = ctypes.c_char_p
