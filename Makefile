@@ -7,6 +7,7 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN
 # uv takes wheels from where pip is told to look.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 RUN_DEMO ?= runs/demo
+TEST_JOBS ?= 2
 
 .PHONY: demo test lint bench clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.core
 	$(BIN)/vavae-fast demo --out $(RUN_DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest tests $(PYTEST)
+	$(BIN)/python -m pytest tests -n $(TEST_JOBS) --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,9 +6,10 @@ Rotary  for each pair (x_2i, x_2i+1), as a complex number: x -> x · (cos_i + i 
 
 Shapes  qkv (B, N, 3, H, Dh) of any strides; cos, sin (N, Dh), both columns of a pair alike: the even ones are read;
         weights and biases (Dh,) -> q, k, v (B, H, N, Dh) in qkv's dtype; v is a view of qkv.
+Layout  q and k lie in memory as (B, N, H, Dh): heads of a token side by side, as in v's view and in attention's output.
 Dtypes  arithmetic fp32, one rounding, at the stores of q and k. cos and sin are tables: they get no gradient.
-Saved   qkv, cos, sin (and rstd).  HBM bytes a token of H Dh elements at s bytes: forward 4 H Dh s, backward 6 H Dh s
-        (8 with the norm).
+Saved   cos, sin, and with a norm qkv and the weights.  HBM bytes a token of H Dh elements at s bytes: forward 4 H Dh s,
+        backward 6 H Dh s (8 with the norm); weights' gradients are summed from fp32 partials on top.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype, check, check_no_grad, check_number, check_shape, check_tensors
 from .._registry import use_triton
+from ._qk_norm_rope import qk_norm_rope_triton
 from .norm_modulate import normalized
 
 
@@ -72,8 +74,9 @@ def qk_norm_rope(
     norm is None, "rms" or "layer"; weights and biases (Dh,). cos = sin = None rotates nothing. v is a view of qkv.
     """
     check_qkv("qk_norm_rope", qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
-    use_triton("qk_norm_rope", impl)
-    return qk_norm_rope_reference(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
+    arguments = (qkv, cos, sin, q_weight, k_weight, q_bias, k_bias)
+    run = qk_norm_rope_triton if use_triton("qk_norm_rope", impl, *arguments) else qk_norm_rope_reference
+    return run(*arguments, norm, float(eps))
 
 
 def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias, norm: str | None, eps: float) -> None:

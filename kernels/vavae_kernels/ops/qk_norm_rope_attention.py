@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype, check_number, without_autocast
 from .._registry import use_triton
+from ..attention_backends import attention
 from .qk_norm_rope import check_qkv, qk_norm_rope, qk_norm_rope_reference
 
 
@@ -48,19 +49,23 @@ def qk_norm_rope_attention(
     eps: float = 1e-6,
     scale: float | None = None,
     impl: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """Attention from packed qkv (B, N, 3, H, Dh), cos, sin (N, Dh) or None -> (B, N, H · Dh) in qkv's dtype.
 
     norm is None, "rms" or "layer"; weights and biases (Dh,); scale defaults to 1 / sqrt(Dh). "auto" on a GPU is the
-    prologue and PyTorch's attention in qkv's dtype; "torch", and "auto" on a CPU, is the reference.
+    prologue and PyTorch's attention in qkv's dtype; "torch", and "auto" on a CPU, is the reference. backend is a name of
+    `attention_backends` for what follows the prologue; "auto" is PyTorch's.
     """
     op = "qk_norm_rope_attention"
     check_qkv(op, qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
     if scale is not None:
         check_number(op, "scale", scale)
-    use_triton(op, impl)
-    if impl == "auto" and qkv.is_cuda:
-        q, k, v = qk_norm_rope(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
-        with without_autocast(qkv):
-            return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    prologue = use_triton(op, impl, qkv, q_weight, k_weight, q_bias, k_bias)
+    if prologue or (impl == "auto" and qkv.is_cuda):
+        q, k, v = qk_norm_rope(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps, impl="triton" if prologue else "auto")
+        return attention(q, k, v, scale=scale, backend=backend).transpose(1, 2).flatten(2)
+    if backend != "auto":
+        q, k, v = qk_norm_rope_reference(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps)
+        return attention(q, k, v, scale=scale, backend=backend).transpose(1, 2).flatten(2)
     return qk_norm_rope_attention_reference(qkv, cos, sin, q_weight, k_weight, q_bias, k_bias, norm, eps, scale)
