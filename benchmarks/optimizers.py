@@ -1,0 +1,109 @@
+"""AdamW with an EMA of the weights over all parameters of a model: ours, the best of PyTorch, and the public training loop's."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timing import Race
+from torch import Tensor
+
+from vavae_fast.models import create_lightningdit
+from vavae_kernels import AdamWEMA
+
+HYPER = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
+DECAY = 0.9999
+BYTES_A_PARAMETER = 36  # p, g, m, v, ema read, p, m, v, ema written, in fp32
+
+
+def ours(parameters: list[Tensor]) -> Callable[[], Any]:
+    """On a GPU the compiled kernel or an error, never its substitute."""
+    return AdamWEMA(parameters, **HYPER, ema_decay=DECAY, impl="triton" if parameters[0].is_cuda else "auto").step
+
+
+def fused_and_foreach(parameters: list[Tensor]) -> Callable[[], None]:
+    """torch.optim.AdamW(fused=True), then one _foreach_lerp_: two passes, few launches."""
+    optimizer = torch.optim.AdamW(parameters, **HYPER, fused=True, capturable=parameters[0].is_cuda)
+    ema, weights = [p.detach().clone() for p in parameters], [p.detach() for p in parameters]
+
+    def step() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(ema, weights, 1 - DECAY)
+
+    return step
+
+
+def foreach_and_loop(parameters: list[Tensor]) -> Callable[[], None]:
+    """The public loop: AdamW(foreach), and two small kernels for the EMA of each parameter."""
+    optimizer = torch.optim.AdamW(parameters, **HYPER, foreach=True)
+    ema = [p.detach().clone() for p in parameters]
+
+    def step() -> None:
+        optimizer.step()
+        for average, p in zip(ema, parameters):
+            average.mul_(DECAY).add_(p.detach(), alpha=1 - DECAY)
+
+    return step
+
+
+CANDIDATES: Mapping[str, Callable[[list[Tensor]], Callable[[], Any]]] = {
+    "ours": ours, "fused AdamW, foreach EMA": fused_and_foreach, "foreach AdamW, EMA loop": foreach_and_loop,
+}  # fmt: skip
+
+
+def parameter_shapes(model: str | None) -> list[tuple[int, ...]]:
+    """Shapes of a model's trained parameters; a few small ones for None."""
+    if model is None:
+        return [(64, 32), (32,), (7, 3), (1,)]
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in create_lightningdit(model).parameters() if p.requires_grad]
+
+
+def draw(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
+    parameters = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    return parameters
+
+
+def error(device: torch.device, steps: int = 5) -> float:
+    """Error of ours after some steps against fp64 over what the numerics rule allows: 1 or less is right."""
+    start = draw(parameter_shapes(None), device)
+
+    def after(make: Callable[[list[Tensor]], Callable[[], Any]], dtype: torch.dtype, where: torch.device) -> list[Tensor]:
+        parameters = [p.detach().to(where, dtype, copy=True).requires_grad_() for p in start]
+        for p, q in zip(parameters, start):
+            p.grad = q.grad.to(where, dtype)
+        step = make(parameters)
+        for _ in range(steps):
+            step()
+        return [p.detach().double().cpu() for p in parameters]
+
+    exact = after(foreach_and_loop, torch.float64, torch.device("cpu"))
+    mine, theirs = after(ours, torch.float32, device), after(fused_and_foreach, torch.float32, device)
+    worst = 0.0
+    for e, m, t in zip(exact, mine, theirs):
+        band = torch.finfo(torch.float32).eps * e.abs().max()
+        worst = max(worst, ((m - e).abs().max() / (2 * ((t - e).abs().max() + band))).item())
+    return worst
+
+
+def measure(model: str | None, device: torch.device, rounds: int, seconds: float, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """The row of one step over all parameters of `model`; AssertionError, and no time, where ours is not right."""
+    found = error(device)
+    if not found <= 1:
+        raise AssertionError(f"adamw_ema: error {found:.3g} times what the rule allows")
+    parameters = draw(parameter_shapes(model), device)  # shared: a step's time does not depend on their values
+    race = Race({name: [make(parameters)] for name, make in CANDIDATES.items()}, device, seconds, warm_up=min(seconds, 0.1), graph=False)
+    for _ in range(rounds):
+        race.round()
+    timings = race.timings
+    moved = BYTES_A_PARAMETER * sum(p.numel() for p in parameters)
+    tbps = moved / timings["ours"].median / 1e12
+    return dict(
+        op="adamw_ema", shape=model or "tiny", variant="", dtypes="fp32", mode="step",
+        us={name: round(1e6 * t.median, 3) for name, t in timings.items()},
+        spread={name: round(t.spread, 4) for name, t in timings.items()},
+        ratio={name: round(race.ratio(name), 4) for name in timings if name != "ours"},
+        how="calls", left_out={}, note="", worst=round(found, 4), bytes=moved, tbps=tbps,
+        **({"roofline": tbps / ceilings["tbps"]} if ceilings.get("tbps") else {}),
+    )  # fmt: skip

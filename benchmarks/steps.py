@@ -1,0 +1,317 @@
+"""Training steps, sampling steps and single blocks of LightningDiT in every way to run them, on the same weights.
+
+An arm is a way: plain or fused operators, eager, compiled by block (what the public code does) or as a whole, or the public
+repository's own modules. Plain arms step with torch.optim.AdamW(fused=True) and a foreach EMA, fused arms with AdamWEMA; all see
+the same parameters, autocast to bf16 and random data, and draw their own noise and times.
+"""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optimizers
+import torch
+from profiles import by_class
+from timing import Dynamo, Race, captured, fresh_dynamo
+from torch import Tensor, nn
+
+from vavae_fast.flow import create_transport
+from vavae_fast.models import create_lightningdit
+from vavae_fast.models._torchvision import import_timm
+from vavae_fast.models.lightningdit import LIGHTNINGDIT_SIZES, FusedLightningDiTBlock, LightningDiTBlock
+from vavae_fast.models.lightningdit_cost import activation_bytes_per_image, flops_per_image, parameter_count
+from vavae_fast.models.lightningdit_layers import Attention, FusedAttention, FusedSwiGLUFFN, RotaryEmbedding2D, SwiGLUFFN
+
+TINY = dict(hidden_size=32, depth=1, num_heads=2, patch_size=1, input_size=4, in_channels=8, num_classes=10)
+CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """compile: "" for eager, "blocks" or "model"; reference: the modules of the public repository, which compile themselves."""
+
+    fused: bool = False
+    compile: str = ""
+    reference: bool = False
+
+
+ARMS: Mapping[str, Arm] = {
+    "eager": Arm(),
+    "compiled blocks": Arm(compile="blocks"),
+    "compiled model": Arm(compile="model"),
+    "fused": Arm(fused=True),
+    "fused, compiled blocks": Arm(fused=True, compile="blocks"),
+    "fused, compiled model": Arm(fused=True, compile="model"),
+    "public code": Arm(reference=True),
+}
+EAGER_ARMS = ("eager", "fused")
+
+
+def arguments(size: str) -> dict[str, Any]:
+    """Constructor arguments of "XL/1", "B/1", … on 256 px, or of "tiny"."""
+    if size == "tiny":
+        return dict(TINY)
+    known = LIGHTNINGDIT_SIZES[f"LightningDiT-{size}"]
+    return dict(known, input_size=16, in_channels=32, num_classes=CLASSES)
+
+
+def config(size: str, fused: bool = False) -> dict[str, Any]:
+    return dict(arguments(size), use_swiglu=True, use_rope=True, use_rmsnorm=True, fused=fused)
+
+
+@contextmanager
+def _imports_of(folder: Path):
+    """The public repository's imports inside. Its RMSNorm stands in a file of Llama code whose fairscale layers nobody uses: empty
+    modules stand for fairscale where it is missing."""
+    parallel = "fairscale.nn.model_parallel"
+    names = ["fairscale", "fairscale.nn", parallel, f"{parallel}.initialize", f"{parallel}.layers"]
+    made = [name for name in names if importlib.util.find_spec("fairscale") is None and name not in sys.modules]
+    for name in made:
+        sys.modules[name] = types.ModuleType(name)
+    for layer in ("ColumnParallelLinear", "ParallelEmbedding", "RowParallelLinear"):
+        if made:
+            setattr(sys.modules[names[-1]], layer, nn.Linear)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in made:
+            del sys.modules[name]
+
+
+def reference_class(folder: Path) -> type[nn.Module]:
+    """The LightningDiT class of a checkout of the public repository. ImportError names what it needs."""
+    if not (folder / "models" / "lightningdit.py").is_file():
+        raise ImportError(f"{folder} holds no models/lightningdit.py: VAVAE_REFERENCE is the folder of a LightningDiT checkout")
+    import_timm()  # past a torchvision that does not fit
+    with _imports_of(folder):
+        return importlib.import_module("models.lightningdit").LightningDiT
+
+
+def base_model(size: str, device: torch.device) -> nn.Module:
+    """The plain model with every weight random: adaLN-Zero would leave half of its matrix products with zeros, which run faster."""
+    with torch.device(device):
+        model = create_lightningdit("custom", **config(size))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and not parameter.any():
+                    parameter.normal_(std=0.02)
+    return model.train()
+
+
+def in_the_way_of(arm: Arm, base: nn.Module, size: str, backend: str, reference: Path | None) -> nn.Module:
+    """A model of the same parameters as `base`, run in the arm's way."""
+    if arm.reference:
+        if reference is None:
+            raise ImportError("VAVAE_REFERENCE is not set")
+        public = reference_class(reference)
+        build = lambda: public(use_qknorm=False, wo_shift=False, **{key: value for key, value in config(size).items() if key != "fused"})
+    else:
+        build = lambda: create_lightningdit("custom", **config(size, arm.fused))
+    with torch.device("meta"):
+        model = build()
+    model.load_state_dict(base.state_dict(keep_vars=True), assign=True)
+    options = dict(dynamic=False, fullgraph=True, backend=backend)
+    if arm.compile == "blocks":
+        for part in (*model.blocks, model.t_embedder, model.final_layer):
+            part.compile(**options)
+    elif arm.compile == "model":
+        model.compile(**options)
+    return model.train(base.training)
+
+
+class TrainingStep:
+    """One step: noise, times, loss, backward, AdamW and EMA. Calling it runs it."""
+
+    def __init__(self, arm: Arm, model: nn.Module, batch: int, device: torch.device):
+        c, side = model.x_embedder.proj.in_channels, int(model.pos_embed.shape[1] ** 0.5)
+        self.model, self.device = model, device
+        self.transport = create_transport(use_cosine_loss=True, use_lognorm=True, fused=arm.fused)
+        self.latents = torch.randn(batch, c, side, side, device=device)
+        self.labels = torch.randint(model.y_embedder.num_classes, (batch,), device=device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        make = optimizers.ours if arm.fused else optimizers.fused_and_foreach
+        self.update = make(self.parameters)
+
+    def __call__(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        with torch.autocast(self.device.type, torch.bfloat16):
+            terms = self.transport.training_losses(self.model, self.latents, dict(y=self.labels))
+        (terms["loss"].mean() + terms["cos_loss"].mean()).backward()
+        self.update()
+
+
+class SamplingStep:
+    """One guided Euler step of `batch` images: 2 batch evaluations and the update, in bf16."""
+
+    def __init__(self, arm: Arm, model: nn.Module, batch: int, device: torch.device):
+        c, side = model.x_embedder.proj.in_channels, int(model.pos_embed.shape[1] ** 0.5)
+        self.model, self.device = model.eval(), device
+        self.x = torch.randn(2 * batch, c, side, side, device=device)
+        self.t = torch.full((2 * batch,), 0.5, device=device)
+        null = model.y_embedder.num_classes
+        self.y = torch.cat((torch.randint(null, (batch,), device=device), torch.full((batch,), null, device=device)))
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            v = self.model.forward_with_cfg(self.x, self.t, self.y, 10.0)
+        return self.x + 0.004 * v
+
+
+class BlockStep:
+    """Forward and backward of one block inside the chain: residual fp32, y and gate bf16, as autocast gives them."""
+
+    def __init__(self, block: nn.Module, run: Callable[..., Any], width: int, heads: int, batch: int, tokens: int, device: torch.device):
+        self.block, self.run, self.device = block, run, device
+        bf16 = torch.bfloat16
+        residual = torch.randn(batch, tokens, width, device=device)
+        y, gate = torch.randn(batch, tokens, width, device=device).to(bf16), torch.randn(batch, width, device=device).to(bf16)
+        c = torch.randn(batch, width, device=device)
+        fused = isinstance(block, FusedLightningDiTBlock)
+        self.inputs = [x.requires_grad_() for x in ((residual, y, gate, c) if fused else (residual, c))]
+        self.rope = RotaryEmbedding2D(width // heads, int(tokens**0.5)).to(device)
+        self.wanted = [*self.inputs, *block.parameters()]
+        self.cotangents: list[Tensor] | None = None
+
+    def __call__(self) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            result = self.run(*self.inputs, self.rope)
+        results = result if isinstance(result, tuple) else (result,)
+        if self.cotangents is None:
+            self.cotangents = [torch.randn_like(r) for r in results]
+        torch.autograd.grad(results, self.wanted, self.cotangents)
+
+
+# A fused block with one operator taken back: what each is worth inside the compiled block.
+WITHOUT: Mapping[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
+    "compiled": (LightningDiTBlock, Attention, SwiGLUFFN),
+    "fused, compiled": (FusedLightningDiTBlock, FusedAttention, FusedSwiGLUFFN),
+    "without gate_add_norm_modulate": (LightningDiTBlock, FusedAttention, FusedSwiGLUFFN),
+    "without qk_norm_rope_attention": (FusedLightningDiTBlock, Attention, FusedSwiGLUFFN),
+    "without swiglu": (FusedLightningDiTBlock, FusedAttention, SwiGLUFFN),
+}
+
+
+def block_calls(size: str, batch: int, device: torch.device, backend: str) -> dict[str, BlockStep]:
+    """Every way of `WITHOUT`, compiled, and the fused and plain block in eager mode."""
+    known = arguments(size)
+    width, heads = known["hidden_size"], known["num_heads"]
+    steps = {}
+    for name, (block_class, attention, mlp) in WITHOUT.items():
+        with torch.device(device):
+            block = block_class(width, heads, 4.0, False, True, True, False)
+        block.attn.__class__, block.mlp.__class__ = attention, mlp  # the same parameters, run the other way
+        options = (width, heads, batch, (known["input_size"] // known["patch_size"]) ** 2, device)
+        steps[name] = BlockStep(block, torch.compile(block, dynamic=False, fullgraph=True, backend=backend), *options)
+        if name in ("compiled", "fused, compiled"):
+            steps["eager" if name == "compiled" else "fused"] = BlockStep(block, block, *options)
+    return steps
+
+
+# -- comparison ------------------------------------------------------------------------------------------------------
+
+
+def fitting_batch(size: str, wanted: int, arms: Sequence[str], device: torch.device) -> int:
+    """`wanted`, halved until weights, states and activations of the hungriest arm fit on the device, as far as can be counted."""
+    if device.type != "cuda" or size == "tiny":
+        return wanted
+    total = torch.cuda.get_device_properties(device).total_memory
+    state = parameter_count(config(size)) * (8 + 12 * len(arms))  # weight and gradient are shared; moments and EMA are an arm's own
+    eager = activation_bytes_per_image(config(size))
+    image = eager if "eager" in arms else 0.65 * eager  # Inductor recomputes what is cheap; measured peaks stand in the rows
+    while wanted > 8 and state + wanted * image > 0.9 * total:
+        wanted //= 2
+    return wanted
+
+
+class Comparison:
+    """Arms of one step, raced. `row` is what goes into the results file."""
+
+    def __init__(
+        self, what: str, size: str, batch: int, arms: Sequence[str], device: torch.device, dynamo: Dynamo, backend: str,
+        graph: bool, reference: Path | None, seconds: float, warm_up: float,
+    ):  # fmt: skip
+        self.what, self.size, self.batch, self.device, self.dynamo, self.graph = what, size, batch, device, dynamo, graph
+        self.left_out: dict[str, str] = {}
+        self.peak_gb: dict[str, float] = {}
+        self.steps: dict[str, Callable[[], Any]] = {}
+        if what == "block":
+            made = {name: (lambda step=step: step) for name, step in block_calls(size, batch, device, backend).items() if name in arms}
+        else:
+            base = base_model(size, device)
+            kind = TrainingStep if what == "train" else SamplingStep
+            made = {n: lambda a=ARMS[n]: kind(a, in_the_way_of(a, base, size, backend, reference), batch, device) for n in arms}
+        for name, make in made.items():
+            self._try(name, make)
+        if not self.steps:
+            raise RuntimeError(f"no way of {what} {size} at batch {batch} runs: {self.left_out}")
+        self.race = Race({name: [step] for name, step in self.steps.items()}, device, seconds, warm_up, graph=graph)
+        dynamo.settle()
+
+    def _try(self, name: str, make: Callable[[], Callable[[], Any]]) -> None:
+        """Run an arm twice, note its memory; an arm without memory or package is left out, and the row says so."""
+        cuda = self.device.type == "cuda"
+        step = None
+        try:
+            step = make()
+            step()
+            if cuda:
+                torch.cuda.synchronize(self.device)
+                before = torch.cuda.memory_allocated(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
+            step()
+            if cuda:
+                torch.cuda.synchronize(self.device)
+                self.peak_gb[name] = round((torch.cuda.max_memory_allocated(self.device) - before) / 2**30, 2)
+            if self.graph:
+                captured([step], self.device)()
+            self.steps[name] = step
+        except torch.cuda.OutOfMemoryError:
+            self.left_out[name] = f"out of memory at batch {self.batch}"
+        except ImportError as reason:
+            self.left_out[name] = str(reason)
+        if name in self.left_out and cuda:
+            del step
+            torch.cuda.empty_cache()
+
+    def row(self) -> dict[str, Any]:
+        self.dynamo.check(expected=any(name not in EAGER_ARMS for name in self.steps))
+        timings = self.race.timings
+        fused = [name for name in timings if name.startswith("fused")]
+        ours = min(fused, key=lambda name: timings[name].median) if fused else None
+        row = dict(
+            what=self.what, size=self.size, batch=self.batch, ours=ours, how="graph" if self.graph else "calls",
+            us={name: round(1e6 * t.median, 1) for name, t in timings.items()},
+            spread={name: round(t.spread, 4) for name, t in timings.items()},
+            ratio={name: round(self.race.ratio(name, ours), 4) for name in timings if ours and name != ours},
+            peak_gb=self.peak_gb, left_out=self.left_out,
+        )  # fmt: skip
+        if self.what == "block":
+            return row
+        flops = flops_per_image(config(self.size)) * (3 if self.what == "train" else 2)
+        row["images_per_second"] = {name: round(self.batch / t.median, 2) for name, t in timings.items()}
+        row["tflops"] = {name: round(flops * self.batch / t.median / 1e12, 2) for name, t in timings.items()}
+        return row
+
+
+def compare(
+    what: str, size: str, batch: int, arms: Sequence[str], device: torch.device, rounds: int = 5, profile: bool = False,
+    backend: str = "inductor", graph: bool = False, reference: Path | None = None, seconds: float = 0.8, warm_up: float = 0.5,
+) -> dict[str, Any]:  # fmt: skip
+    """The row of arms run side by side, with each one's kernels by class if `profile`. `FellBack` where a compiled arm did not run compiled."""
+    with fresh_dynamo() as dynamo:
+        comparison = Comparison(what, size, batch, arms, device, dynamo, backend, graph, reference, seconds, warm_up)
+        for _ in range(rounds):
+            comparison.race.round()
+        row = comparison.row()
+        if profile:
+            row["profile"] = {name: by_class(step, device) for name, step in comparison.steps.items()}
+        return row
