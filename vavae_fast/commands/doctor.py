@@ -85,8 +85,13 @@ def _operators(torch) -> str:
     """Which path `fused=True` takes here."""
     import vavae_kernels
 
-    names = ", ".join(name for name in vavae_kernels.__all__ if name not in ("patch", "AdamWEMA", "attention", "register_backend", "backend_table"))
-    return f"reference path (PyTorch) for all: {names}; this version has no Triton kernels yet"
+    others = ("patch", "AdamWEMA", "attention", "register_backend", "backend_table")
+    names = ", ".join(name for name in vavae_kernels.__all__ if name not in others)
+    if not torch.cuda.is_available():
+        return f"reference path (PyTorch), no CUDA GPU: {names}"
+    if not _found("triton"):
+        return f"reference path (PyTorch), Triton is missing (pip install triton): {names}"
+    return f"Triton kernels, except vf_loss: {names}"
 
 
 def _found(module: str) -> bool:
