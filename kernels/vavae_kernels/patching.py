@@ -12,7 +12,8 @@ LightningDiT, timm) and `patching_diffusers.py`:
     rms_norm                   an RMSNorm that stands alone
 
 A module of such a name that differs anywhere is left alone, and the report says why. Patch before `torch.compile` and
-before sharding. Where a code base compiles single forwards (LightningDiT does), compile the patched model as a whole.
+before sharding. Where a code base compiles single forwards (LightningDiT does), the new ones are not compiled: compile
+the patched blocks, `block.compile()`, or the model.
 """
 
 from collections.abc import Iterable

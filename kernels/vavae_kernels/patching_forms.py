@@ -89,9 +89,11 @@ class Form:
     def _called_otherwise(self, module: nn.Module) -> str | None:
         if self.attribute != "forward":
             return None
-        takes = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+        takes = [p for name, p in inspect.signature(type(module).forward).parameters.items() if name != "self"]
         known = inspect.signature(self.forward).parameters
-        return None if set(takes) <= set(known) else f"its forward takes ({', '.join(takes)})"
+        if len(takes) == 1 and takes[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return None  # whatever its one argument is called
+        return None if all(p.name in known for p in takes) else f"its forward takes ({', '.join(map(str, takes))})"
 
 
 def always_left(op: str, reason: str) -> Form:
@@ -137,7 +139,7 @@ def why_not_rms_norm(norm: nn.Module) -> str | None:
     row = torch.linspace(-1, 2, width) if weight is None else torch.linspace(-1, 2, width, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         own, ours = type(norm).forward(norm, row), rms_norm_reference(row, weight, norm.eps)
-        rounding = 8 * torch.finfo(row.dtype).eps * ours.abs().max()
+        rounding = 8 * max(torch.finfo(dtype).eps for dtype in (row.dtype, torch.float32)) * ours.abs().max()
         same = own.shape == ours.shape and bool((own - ours).abs().max() <= rounding)
     return None if same else "its forward computes something else"
 

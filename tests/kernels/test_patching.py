@@ -245,6 +245,14 @@ class ConditionedBlock(DiTBlock):
 ConditionedBlock.__name__ = "DiTBlock"
 
 
+class AnyArguments(DiTBlock):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+AnyArguments.__name__ = "DiTBlock"
+
+
 @pytest.mark.parametrize(
     "make, path, reason",
     [
@@ -269,6 +277,7 @@ ConditionedBlock.__name__ = "DiTBlock"
         (lambda: with_one_more(DiTBlock(), "gamma", nn.Parameter(torch.ones(D))), "", "its gamma is not part of the fused form"),
         (lambda: hooked(DiTBlock()), "", "its norm2 has a hook or a forward of its own, which would not be called"),
         (lambda: ConditionedBlock(), "", "its forward takes (x, c, mask)"),
+        (lambda: AnyArguments(), "", "its forward takes (*args)"),
         (lambda: FinalLayer(chunks=3), "", "its modulation has 3 chunks"),
         (lambda: FinalLayer(norm=nn.LayerNorm(D)), "", "its norm_final has a bias"),
         (lambda: lightning(fused=True), "blocks.0", "it is fused already"),
