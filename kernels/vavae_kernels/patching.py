@@ -70,6 +70,8 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, backend: str = "au
     report = {path: verdicts[key] for path, key in paths.items() if key in verdicts}
     if ops is not None:
         _check_all_found(wanted, {form.op for _, form in chosen}, report)
+    if backend == "fused" and any(form.op == "attention" for _, form in chosen):
+        raise ValueError("patch: backend 'fused' needs packed qkv, diffusers projects q, k and v apart; take another backend")
     if not report:
         report = {"": f"left: {type(model).__name__}, no module in it is of a form known here"}
     replaced = []

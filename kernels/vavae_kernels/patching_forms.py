@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import attention
 from .ops.gate_add_norm_modulate import gate_add_norm_modulate
 from .ops.norm_modulate import norm_modulate
-from .ops.qk_norm_rope import qk_norm_rope
 from .ops.qk_norm_rope_attention import qk_norm_rope_attention
 from .ops.rms_norm import rms_norm, rms_norm_reference
 from .ops.swiglu import swiglu
@@ -68,11 +66,13 @@ class Form:
         for name in self.children:
             if name not in own:
                 return f"it has no {name}"
-        for name in own.keys() - {*self.children, *self.optional}:
-            if isinstance(own[name], nn.Dropout) and own[name].p > 0:
-                return f"its {name} drops out with p = {own[name].p:g}, which the operator does not"
-            if not isinstance(own[name], (nn.Identity, nn.Dropout)):
-                return f"its {name} ({type(own[name]).__name__}) is not part of the fused form"
+        for name, child in own.items():
+            if name in (*self.children, *self.optional) or isinstance(child, nn.Identity):
+                continue
+            if not isinstance(child, nn.Dropout):
+                return f"its {name} ({type(child).__name__}) is not part of the fused form"
+            if child.p > 0:
+                return f"its {name} drops out with p = {child.p:g}, which the operator does not"
         for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if name not in self.parameters:
                 return f"its {name} is not part of the fused form"
@@ -134,6 +134,9 @@ def why_not_rms_norm(norm: nn.Module) -> str | None:
     weight, width = getattr(norm, "weight", None), norm_width(norm)
     if width is None:
         return "it does not normalise one axis"
+    needed = [p for p in inspect.signature(type(norm).forward).parameters.values() if p.default is p.empty]
+    if len(needed) != 2:
+        return f"its forward takes ({', '.join(map(str, needed[1:]))})"
     if weight is not None and (weight.is_meta or type(weight.data).__name__ == "DTensor"):
         return "its weight is not here; patch after loading and before sharding"
     row = torch.linspace(-1, 2, width) if weight is None else torch.linspace(-1, 2, width, dtype=weight.dtype, device=weight.device)
@@ -227,9 +230,7 @@ def attention_forward(
     q, k, norm = self.q_norm, self.k_norm, norm_name(self.q_norm)
     weights = () if norm is None else (q.weight, k.weight, *((q.bias, k.bias) if norm == "layer" else (None, None)))
     kind = {} if norm is None else dict(norm=norm, eps=q.eps)
-    if backend == "auto":
-        return self.proj(qk_norm_rope_attention(qkv, cos, sin, *weights, **kind))
-    return self.proj(attention(*qk_norm_rope(qkv, cos, sin, *weights, **kind), backend=backend).transpose(1, 2).flatten(2))
+    return self.proj(qk_norm_rope_attention(qkv, cos, sin, *weights, **kind, backend=backend))
 
 
 def norm_name(norm: nn.Module) -> str | None:

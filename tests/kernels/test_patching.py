@@ -253,6 +253,14 @@ class AnyArguments(DiTBlock):
 AnyArguments.__name__ = "DiTBlock"
 
 
+class GatedRMSNorm(RMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+GatedRMSNorm.__name__ = "RMSNorm"
+
+
 @pytest.mark.parametrize(
     "make, path, reason",
     [
@@ -285,6 +293,7 @@ AnyArguments.__name__ = "DiTBlock"
         (lambda: nn.Linear(2, 2), "", "no module in it is of a form known here"),
         (lambda: RMSNorm(D, offset=1.0), "", "its forward computes something else"),
         (lambda: RMSNorm(D, mean=True), "", "its forward computes something else"),
+        (lambda: GatedRMSNorm(D), "", "its forward takes (x, gate)"),
         (lambda: RMSNorm(D, eps=None), "", "its eps is None"),
         (lambda: RMSNorm(D, weight=torch.ones(N, D)), "", "it does not normalise one axis"),
         (lambda: RMSNorm(D).to("meta"), "", "its weight is not here; patch after loading and before sharding"),

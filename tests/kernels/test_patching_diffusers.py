@@ -240,6 +240,13 @@ def test_backends_by_name(monkeypatch):
     assert seen == 2 * [((2, 2, 16, 8), None)]
 
 
+def test_a_backend_for_packed_qkv_alone_is_refused():
+    model = dit()
+    with pytest.raises(ValueError, match="^patch: backend 'fused' needs packed qkv, diffusers projects q, k and v apart"):
+        patch(model, backend="fused")
+    assert processors(model) == {"AttnProcessor2_0"} and not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_processor_that_the_user_sets_later_stays():
     model = dit()
     handle = patch(model)
