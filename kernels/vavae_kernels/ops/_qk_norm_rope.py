@@ -203,7 +203,7 @@ def _backward(
     q_weight, k_weight = (None if t is None else t.contiguous() for t in (q_weight, k_weight))
     qk = None if norm is None else inner_contiguous(qkv[:, :, :2])
 
-    default = Config((power_of_two((1152 if norm is None else 576) / D), 32), warps=1)
+    default = Config((power_of_two(1152 / D), 32), warps=1) if norm is None else Config((power_of_two(2304 / D), 32), warps=4, stages=1)
     config = choose("qk_norm_rope_bwd", (D, dqkv.dtype, norm is not None), default, dqkv.device)
     R, programs_per_processor = config.tile
     tiles = cdiv(B * H, R)

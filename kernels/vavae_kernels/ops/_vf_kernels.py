@@ -178,7 +178,7 @@ def _cosines(x, inverse_I, inverse_J, n_I, n_J, in_I, in_J, C, x_c, x_n, K: tl.c
         x_IK = tl.load(x + n_I[:, None] * x_n + c_K[None, :] * x_c, mask=in_I[:, None] & (c_K < C)[None, :], other=0.0)
         x_KJ = tl.load(x + n_J[None, :] * x_n + c_K[:, None] * x_c, mask=in_J[None, :] & (c_K < C)[:, None], other=0.0)
         if WIDE:
-            dots_IJ = _dot(_halves(x_IK.to(tl.float32) * (256 * inverse_I)[:, None]), _halves(x_KJ.to(tl.float32) * (256 * inverse_J)[None, :]), dots_IJ)
+            dots_IJ = _dot(_halves(x_IK.to(tl.float32) * (256 * inverse_I)[:, None]), _halves(x_KJ.to(tl.float32) * (256 * inverse_J)[None, :]), dots_IJ)  # noqa: E501
         else:
             dots_IJ = tl.dot(x_IK, x_KJ, dots_IJ)
     if WIDE:

@@ -30,7 +30,10 @@ from .numerics import outputs
 from .spec import DTYPES, Spec, specs
 
 TARGETS = (80, 90, 100, 120)
-POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB that one program can have
 
 

@@ -59,12 +59,12 @@ SPEC = Spec(
         "XL/1 b32": dict(B=32, N=256, H=16, D=72),
     },
     bytes=_bytes,
-    registers=168,
+    registers=224,
     configs={
         "qk_norm_rope_fwd": tuple(Config((rows,), warps) for rows, warps in ((16, 1), (8, 1), (32, 1), (32, 2), (64, 4))),
         "qk_norm_rope_bwd": tuple(
             Config((rows, programs), warps, stages)
-            for rows, programs, warps, stages in ((8, 32, 1, 2), (8, 32, 1, 1), (8, 16, 1, 2), (16, 32, 2, 1), (16, 32, 2, 2), (16, 32, 1, 1))
+            for rows, programs, warps, stages in ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 2, 1), (16, 32, 2, 2), (16, 32, 1, 1), (32, 16, 4, 1))
         ),
     },
 )
