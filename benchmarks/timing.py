@@ -105,7 +105,8 @@ def subject_clock() -> float:
 class Race:
     """Candidates by name, the subject first, each a sequence of calls on its sets of inputs. `round` times all of them once.
 
-    seconds: what one candidate gets in one round, 0 for a single pass. graph: True replays CUDA graphs, False calls, None decides by the host's share.  # noqa: E501
+    seconds: what one candidate gets in one round, 0 for a single pass.
+    graph: True replays CUDA graphs, False calls, None decides by the host's share.
     """
 
     def __init__(self, candidates: Mapping[str, Calls], device: torch.device, seconds: float = 0.05, warm_up: float = 0.1, graph: bool | None = None):

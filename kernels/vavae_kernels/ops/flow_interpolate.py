@@ -40,14 +40,14 @@ def flow_interpolate_bwd(dx_t, t, x0, x1, dx0, dx1, dt_parts, N, t_b, P: tl.cons
     b, offset_P, in_P = _part(N, P)
     time = tl.load(t + b * t_b).to(tl.float32)
     g_P = tl.load(dx_t + offset_P, mask=in_P, other=0.0).to(tl.float32)
-    if dx0 is not None:
-        tl.store(dx0 + offset_P, ((1.0 - time) * g_P).to(dx0.dtype.element_ty), mask=in_P)
-    if dx1 is not None:
-        tl.store(dx1 + offset_P, (time * g_P).to(dx1.dtype.element_ty), mask=in_P)
     if dt_parts is not None:
         x0_P = tl.load(x0 + offset_P, mask=in_P, other=0.0).to(tl.float32)
         x1_P = tl.load(x1 + offset_P, mask=in_P, other=0.0).to(tl.float32)
         tl.store(dt_parts + tl.program_id(0), tl.sum(g_P * (x1_P - x0_P), 0))
+    if dx0 is not None:
+        tl.store(dx0 + offset_P, ((1.0 - time) * g_P).to(dx0.dtype.element_ty), mask=in_P)
+    if dx1 is not None:
+        tl.store(dx1 + offset_P, (time * g_P).to(dx1.dtype.element_ty), mask=in_P)
 
 
 @triton.jit
