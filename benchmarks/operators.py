@@ -91,9 +91,8 @@ class Comparison:
         sets = rotation(lambda: self._set(device), lambda one: tensor_bytes(one[0]), device)
         plain = peers.PLAIN.get(case.spec.name, case.spec.reference)
         by_compiler = compiled(plain, settings.backend)
-        impl = "triton" if device.type == "cpu" else "auto"
         functions: dict[str, Callable[[Inputs], Callable[[], Any]]] = {
-            "ours": lambda inputs: lambda: case.spec.function(**inputs, impl=impl),
+            "ours": lambda inputs: lambda: case.spec.function(**inputs, impl="triton"),
             "eager": lambda inputs: lambda: plain(**inputs),
             "compile": lambda inputs: lambda: by_compiler(**inputs),
         }

@@ -24,15 +24,14 @@ def as_json(config: Config) -> dict[str, Any]:
 def tune(case: Case, device: torch.device, settings: Settings, most: int = MOST) -> Iterator[dict[str, Any]]:
     """A row for each kernel of `case` that has configurations to try, `most` of each. A wrong or refused configuration is named and not timed."""
     sets = rotation(lambda: case.draw(device), tensor_bytes, device)
-    impl = "triton" if device.type == "cpu" else "auto"
     cotangents = numerics.draw_cotangents(case.spec, sets[0])
 
     def forward(inputs):
         with torch.no_grad():
-            case.spec.function(**inputs, impl=impl)
+            case.spec.function(**inputs, impl="triton")
 
     def both(inputs):
-        results = numerics.outputs(case.spec.function(**inputs, impl=impl))
+        results = numerics.outputs(case.spec.function(**inputs, impl="triton"))
         wanted = [inputs[n] for n in case.spec.gradients if isinstance(inputs.get(n), Tensor) and inputs[n].requires_grad]
         torch.autograd.grad(results, wanted, list(cotangents))
 
