@@ -116,6 +116,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # samples a process holds at once; null: its whole share
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     fused: bool = False  # run the operators of vavae_kernels
+    attention: str = "auto"  # LightningDiT's attention: a backend of vavae_kernels, see the table in README.md
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay = min(ema_decay, (1 + step) / (10 + step)): for short runs
     keep_last: int | None = None  # checkpoints kept; null: all

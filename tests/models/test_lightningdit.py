@@ -122,6 +122,24 @@ def test_residual_stream_is_fp32_under_autocast(fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("form", ["lightning", "qknorm", "layer_qknorm"])
+def test_attention_takes_a_backend_by_name(form, fused):
+    """Of equal mathematics, in fp32 and under autocast; a name that nobody knows is refused when the model is built."""
+    default, named = (tiny(**FORMS[form], fused=fused, attention=name) for name in ("auto", "math"))
+    inputs = batch(default)
+    assert relative(named(*inputs), default(*inputs)) < 2e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(named(*inputs), default(*inputs)) < 2e-2
+    with pytest.raises(ValueError, match="LightningDiT: unknown backend 'flush'; known: auto, sdpa"):
+        tiny(fused=fused, attention="flush")
+
+
+def test_the_fused_backend_needs_the_fused_form():
+    with pytest.raises(BadInput, match="attention: .* needs fused=True, got 'fused'"):
+        tiny(attention="fused")
+
+
+@pytest.mark.parametrize("fused", [False, True])
 def test_checkpointing_changes_no_gradient(fused):
     model = tiny(**FORMS["qknorm"], fused=fused)
     inputs = batch(model)

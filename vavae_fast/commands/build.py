@@ -35,7 +35,7 @@ def lightningdit(config: LightningDiTConfig) -> LightningDiT:
             c.model_type, input_size=config.latent_size, in_channels=c.in_chans, num_classes=config.data.num_classes,
             use_qknorm=c.use_qknorm, use_swiglu=c.use_swiglu, use_rope=c.use_rope, use_rmsnorm=c.use_rmsnorm, wo_shift=c.wo_shift,
             learn_sigma=c.learn_sigma, class_dropout_prob=c.class_dropout_prob, use_checkpoint=c.use_checkpoint,
-            fused=config.train.fused, **custom,
+            fused=config.train.fused, attention=config.train.attention, **custom,
         )  # fmt: skip
     except ValueError as error:
         raise BadInput(f"model: {error}") from None

@@ -28,6 +28,7 @@ from vavae_fast.models.lightningdit_layers import (
     token_norm,
 )
 from vavae_kernels import gate_add_norm_modulate, norm_modulate
+from vavae_kernels.attention_backends import check_backend
 
 _WIDTHS = {  # depth, hidden_size, num_heads
     "S": (12, 384, 6),
@@ -58,6 +59,7 @@ def create_lightningdit(
     class_dropout_prob: float = 0.1,
     use_checkpoint: bool = False,
     fused: bool = False,
+    attention: str = "auto",
     mlp_ratio: float = 4.0,
     hidden_size: int | None = None,
     depth: int | None = None,
@@ -92,6 +94,7 @@ def create_lightningdit(
         wo_shift=wo_shift,
         use_checkpoint=use_checkpoint,
         fused=fused,
+        attention=attention,
         **size,
     )
 
@@ -101,7 +104,8 @@ class LightningDiT(nn.Module):
 
     input_size is the height and width of the latent, num_classes the number of labels (label num_classes is the null
     class when class_dropout_prob > 0). use_checkpoint recomputes each block in backward instead of keeping its
-    activations. learn_sigma predicts twice the channels, as DiT does, and returns the first half.
+    activations. learn_sigma predicts twice the channels, as DiT does, and returns the first half. attention is a backend's
+    name, see `vavae_kernels.attention_backends`; "fused" works on packed qkv and needs fused=True.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class LightningDiT(nn.Module):
         wo_shift: bool = False,
         use_checkpoint: bool = False,
         fused: bool = False,
+        attention: str = "auto",
     ):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -139,6 +144,8 @@ class LightningDiT(nn.Module):
         require(hidden_size % 4 == 0, "hidden_size", hidden_size, "a multiple of 4 (sine and cosine of two axes)")
         head_dim = hidden_size // num_heads
         require(not use_rope or head_dim % 4 == 0, "hidden_size / num_heads", head_dim, "a multiple of 4 (pairs on two axes)")
+        check_backend("LightningDiT", attention)
+        require(fused or attention != "fused", "attention", attention, "another backend: this one needs fused=True")
 
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
@@ -154,7 +161,7 @@ class LightningDiT(nn.Module):
         self.feat_rope = RotaryEmbedding2D(head_dim, grid) if use_rope else None
         block = FusedLightningDiTBlock if fused else LightningDiTBlock
         self.blocks = nn.ModuleList(
-            block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift) for _ in range(depth)
+            block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, attention) for _ in range(depth)
         )
         final_layer = FusedFinalLayer if fused else FinalLayer
         self.final_layer = final_layer(hidden_size, patch_size, self.out_channels, use_rmsnorm)
@@ -271,14 +278,22 @@ class LightningDiTBlock(nn.Module):
     """x + gate · attention(modulated norm of x), then the same with the MLP; (shift, scale, gate) come from c."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, use_qknorm: bool, use_swiglu: bool, use_rmsnorm: bool, wo_shift: bool
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        use_qknorm: bool,
+        use_swiglu: bool,
+        use_rmsnorm: bool,
+        wo_shift: bool,
+        backend: str = "auto",
     ):
         super().__init__()
         attention, swiglu_ffn = self._parts()
         mlp_hidden = int(hidden_size * mlp_ratio)
         self.norm1 = token_norm(hidden_size, use_rmsnorm)
         self.norm2 = token_norm(hidden_size, use_rmsnorm)
-        self.attn = attention(hidden_size, num_heads, use_qknorm, use_rmsnorm)
+        self.attn = attention(hidden_size, num_heads, use_qknorm, use_rmsnorm, backend)
         self.mlp = swiglu_ffn(hidden_size, int(2 / 3 * mlp_hidden)) if use_swiglu else Mlp(hidden_size, mlp_hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
         self.wo_shift = wo_shift

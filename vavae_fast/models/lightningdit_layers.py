@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vavae_kernels import qk_norm_rope_attention, swiglu
+from vavae_kernels import attention, qk_norm_rope_attention, swiglu
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with optional QK-norm and 2-D rotary positions."""
+    """Multi-head self-attention with optional QK-norm and 2-D rotary positions.
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool, use_rmsnorm: bool):
+    backend is a name of `vavae_kernels.BACKENDS` for the softmax attention itself; "auto" is PyTorch's.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, use_rmsnorm: bool, backend: str = "auto"):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads, self.head_dim, self.backend = num_heads, dim // num_heads, backend
         head_norm = RMSNorm if use_rmsnorm else nn.LayerNorm
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = head_norm(self.head_dim) if qk_norm else nn.Identity()
@@ -34,7 +37,11 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.backend == "auto":
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = attention(q.to(v.dtype), k.to(v.dtype), v, backend=self.backend)  # as autocast does for PyTorch's
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class FusedAttention(Attention):
@@ -42,11 +49,13 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, rope: nn.Module | None = None) -> Tensor:
         cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)
-        q, k = self.q_norm, self.k_norm
-        if isinstance(q, nn.Identity):
-            return self.proj(qk_norm_rope_attention(self.packed_qkv(x), cos, sin))
-        norm, bias = ("rms", (None, None)) if isinstance(q, RMSNorm) else ("layer", (q.bias, k.bias))
-        return self.proj(qk_norm_rope_attention(self.packed_qkv(x), cos, sin, q.weight, k.weight, *bias, norm=norm, eps=q.eps))
+        norm = {}
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = self.q_norm, self.k_norm
+            norm = dict(q_weight=q.weight, k_weight=k.weight, norm="rms", eps=q.eps)
+            if not isinstance(q, RMSNorm):
+                norm |= dict(q_bias=q.bias, k_bias=k.bias, norm="layer")
+        return self.proj(qk_norm_rope_attention(self.packed_qkv(x), cos, sin, **norm, backend=self.backend))
 
 
 class SwiGLUFFN(nn.Module):
