@@ -273,7 +273,7 @@ def _backward(
         given = [t if t.numel() else None for t in (dscale, dshift, dgate)]
         launch(
             adaptive_norm_sums, (B, cdiv(D, P)), *sums.values(), scale, weight, *given, by_sample,
-            splits, D, *_strides(scale, 1), S=S, P=P, config=Config((S, P)),
+            splits, D, *_strides(scale, 1), S=S, P=P, config=Config((S, P), warps=8),
         )  # fmt: skip
         if by_sample is not None:
             torch.sum(by_sample, 0, out=dweight)

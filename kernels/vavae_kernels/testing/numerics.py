@@ -80,6 +80,23 @@ def draw_cotangents(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(torch.randn_like(result) for result in results)
 
 
+def faults(spec: Spec, draw: Callable[[], Inputs], draws: int = 8) -> list[str]:
+    """What is outside the rule, in words; nothing if all is well. `draw` gives fresh inputs at each call.
+
+    An error is an extreme of rounding noise, and of few numbers an unlucky one. So an error outside is decided by `draws` more
+    calls: the worst of ours beside the worst of eager's.
+    """
+    found = errors(spec, draw())
+    if not all(error.within for error in found):
+        found = [_worst(found) for found in zip(*(errors(spec, draw()) for _ in range(draws)))]
+    return [str(error) for error in found if not error.within]
+
+
+def _worst(found: tuple[Error, ...]) -> Error:
+    ours = [error.ours for error in found]
+    return Error(found[0].name, max(ours, key=lambda x: (x != x, x)), max(e.eager for e in found), max(e.band for e in found))  # NaN is worst
+
+
 def errors(spec: Spec, inputs: Inputs, impl: str = "triton") -> list[Error]:
     """Every output and gradient of `spec` on `inputs`: ours (`impl`) and eager's against fp64.
 

@@ -1,7 +1,6 @@
 """`flow_loss`: squared and direction error of the velocity."""
 
 import torch
-from torch import Tensor
 
 from ..._launch import Config
 from ...ops.flow_loss import flow_loss, flow_loss_reference
@@ -9,15 +8,16 @@ from ..spec import Dtypes, Inputs, Shape, Spec
 
 
 def _inputs(shape: Shape, dtypes: Dtypes, variant: str, device: torch.device) -> Inputs:
-    """Noise and data are NCHW. The velocity comes from the network: its tokens, seen as an image, or NCHW too."""
+    """Noise and data are NCHW. The velocity comes from the network: its tokens, seen as an image, or NCHW too.
+
+    No velocity is near zero: the gradient of its direction grows as 1 / ‖v‖, and with it everyone's rounding.
+    """
     B, C, H, W = shape.values()
-
-    def nchw(dtype: torch.dtype) -> Tensor:
-        return torch.randn(B, C, H, W, device=device).to(dtype)
-
-    tokens = torch.randn(B, H, W, C, device=device).to(dtypes.other).permute(0, 3, 1, 2)
-    v = tokens if variant == "tokens" else nchw(dtypes.other)
-    return dict(v=v.detach().requires_grad_(), x0=nchw(dtypes.stream), x1=nchw(dtypes.stream))
+    v = torch.randn(B, H, W, C, device=device)
+    v[..., 0] += 3.0
+    v = v.to(dtypes.other).permute(0, 3, 1, 2)
+    x0, x1 = (torch.randn(B, C, H, W, device=device).to(dtypes.stream) for _ in range(2))
+    return dict(v=(v if variant == "tokens" else v.contiguous()).requires_grad_(), x0=x0, x1=x1)
 
 
 def _bytes(shape: Shape, dtypes: Dtypes, variant: str) -> tuple[int, int]:

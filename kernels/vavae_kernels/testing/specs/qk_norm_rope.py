@@ -48,7 +48,7 @@ SPEC = Spec(
     small={
         "two samples": dict(B=2, N=3, H=3, D=72),
         "one token": dict(B=3, N=1, H=2, D=8),
-        "pairs": dict(B=1, N=2, H=1, D=2),
+        "two pairs": dict(B=1, N=2, H=1, D=4),
         "odd parts": dict(B=2, N=2, H=20, D=36),
         "no samples": dict(B=0, N=7, H=3, D=72),
         "no tokens": dict(B=2, N=0, H=3, D=72),
