@@ -13,9 +13,9 @@ from vavae_fast.flow import create_transport
 from vavae_fast.models import LightningDiT
 from vavae_fast.schema import OptimizerConfig
 from vavae_fast.training.dit import DiTState, dit_step, flow_terms, time_draw
-from vavae_fast.training.ema import EMA
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.optimizer import trainable
+from vavae_kernels import AdamWEMA
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -39,9 +39,9 @@ def state(dtype=torch.float32, dropout=0.1, fused=False, **changes) -> DiTState:
         for p in trainable(model).values():
             p.add_(0.1 * torch.randn_like(p))
     settings = OptimizerConfig(lr=1e-3)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=0.0, fused=True)
+    optimizer = AdamWEMA(trainable(model).items(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=0.0)
     transport = create_transport("Linear", "velocity", use_cosine_loss=True, use_lognorm=True)
-    plain = dict(model=model, ema=EMA(model, 0.99), optimizer=optimizer, transport=transport, guard=Guard(CPU, 10), world=World(0, 1, CPU),
+    plain = dict(model=model, optimizer=optimizer, ema_decay=0.99, transport=transport, guard=Guard(CPU, 10), world=World(0, 1, CPU),
                  seed=SEED, settings=settings, max_steps=10, bf16=False)  # fmt: skip
     return DiTState(**(plain | changes))
 
@@ -124,13 +124,13 @@ def test_one_step_is_backward_adamw_and_ema():
     flow_terms(t, 0, b)["loss"].backward()
     norm = torch.nn.utils.clip_grad_norm_(trainable(twin).values(), 0.5)
     plain.step()
-    before = {name: value.clone() for name, value in s.ema.shadow.items()}
+    before = {name: value.clone() for name, value in s.optimizer.ema_state_dict().items()}
     values = dit_step(s, 0, [b])
     torch.testing.assert_close(values["grad_norm"], norm)
     assert norm > 0.5 and s.optimizer.param_groups[0]["lr"] == 1e-3
     for name, p in trainable(s.model).items():
         torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(s.ema.shadow[name], 0.99 * before[name] + 0.01 * p.detach(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(s.ema()[name], 0.99 * before[name] + 0.01 * p.detach(), rtol=1e-5, atol=1e-7)
         assert p.grad is None
 
 
@@ -146,13 +146,13 @@ def test_a_step_never_waits_for_the_device(fused):
 def test_a_batch_with_a_nan_changes_nothing_and_the_next_one_trains():
     s = state()
     dit_step(s, 0, [batch()])
-    before, average = weights(s), {k: v.clone() for k, v in s.ema.shadow.items()}
+    before, average = weights(s), {k: v.clone() for k, v in s.optimizer.ema_state_dict().items()}
     spoilt = batch()
     spoilt.latents[3, 0, 0, 0] = float("nan")
     dit_step(s, 1, [batch(), spoilt])
     after = weights(s)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(average[name], s.ema.shadow[name]) for name in average)
+    assert all(torch.equal(average[name], s.ema()[name]) for name in average)
     assert int(s.guard.skipped) == 1
     dit_step(s, 2, [batch()])
     assert any(not torch.equal(before[name], value) for name, value in weights(s).items()) and int(s.guard.in_a_row) == 0
@@ -185,7 +185,7 @@ def test_groups_bring_a_fresh_state_to_the_same_next_step():
     for s in (straight, resumed):
         dit_step(s, 2, [batch(8, 16)])
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(resumed).values()))
-    assert all(torch.equal(straight.ema.shadow[k], resumed.ema.shadow[k]) for k in straight.ema.shadow)
+    assert all(torch.equal(a, resumed.ema()[k]) for k, a in straight.ema().items())
 
 
 def test_bf16_runs_the_matrices_alone_in_bf16():

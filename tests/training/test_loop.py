@@ -167,8 +167,10 @@ def saved_whole(folder):
 
 
 def test_skipped_steps_are_logged_and_too_many_end_the_run(tmp_path):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], fused=True)
+
     def spoilt(state, step, micro_batches):
-        state.guard.step(torch.tensor(float("nan") if step >= 3 else 1.0))
+        state.guard.step({optimizer: torch.tensor(float("nan") if step >= 3 else 1.0)})
         return add(state, step, micro_batches)
 
     with pytest.raises(BadInput, match="not finite in the last 7 steps up to step 10"):

@@ -1,4 +1,4 @@
-"""Schedule, clipping, and optimizer state as named tensors."""
+"""Schedules, the gradient norm, and optimizer state as named tensors."""
 
 import pytest
 import torch
@@ -8,13 +8,15 @@ from torch import nn
 
 from vavae_fast.errors import BadInput
 from vavae_fast.training.optimizer import (
-    clip_gradients,
+    gradient_norm,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_ema_decay,
     set_learning_rate,
     trainable,
 )
+from vavae_kernels import AdamWEMA
 
 
 def network():
@@ -50,25 +52,29 @@ def test_set_learning_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.01, 1e6])
-def test_clipping_equals_torchs(max_norm):
-    ours, theirs = with_gradients(), network()
-    for p, q in zip(ours.parameters(), theirs.parameters()):
-        q.grad = p.grad.clone()
-    exact = torch.sqrt(sum(p.grad.double().square().sum() for p in ours.parameters()))
-    norm = clip_gradients(iter(ours.parameters()), max_norm)
-    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
-    if max_norm is not None:
-        assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs.parameters(), max_norm))
-    for p, q in zip(ours.parameters(), theirs.parameters()):
-        assert torch.equal(p.grad, q.grad)
+def test_the_norm_is_that_of_all_gradients():
+    net = with_gradients()
+    exact = torch.sqrt(sum(p.grad.double().square().sum() for p in net.parameters()))
+    torch.testing.assert_close(gradient_norm(net.parameters()).double(), exact, rtol=1e-6, atol=0)
+
+
+def test_the_average_warms_up_to_its_decay():
+    net = network()
+    optimizer = AdamWEMA(net.named_parameters(), ema_decay=0.99)
+    decays = []
+    for step in (0, 8, 2000):
+        set_ema_decay(optimizer, 0.99, step, warmup=True)
+        decays.append(optimizer.param_groups[0]["ema_decay"])
+    assert decays == [0.1, 0.5, 0.99]
+    set_ema_decay(optimizer, 0.99, 0)
+    assert optimizer.param_groups[0]["ema_decay"] == 0.99
 
 
 def test_parameters_without_gradient_are_passed_over():
     net = with_gradients()
-    expected = clip_gradients(list(net.parameters())[2:], None)
+    expected = gradient_norm(list(net.parameters())[2:])
     net[0].weight.grad = net[0].bias.grad = None
-    assert torch.equal(clip_gradients(net.parameters(), None), expected)
+    assert torch.equal(gradient_norm(net.parameters()), expected)
 
 
 def test_trainable_names_what_asks_for_gradients():

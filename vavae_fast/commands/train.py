@@ -167,8 +167,9 @@ def _state(plan: TrainPlan, world, log):
 
     from vavae_fast.commands import build
     from vavae_fast.training.dit import DiTState
-    from vavae_fast.training.ema import EMA
     from vavae_fast.training.guard import Guard
+    from vavae_fast.training.optimizer import trainable
+    from vavae_kernels import AdamWEMA
 
     config = plan.config
     torch.manual_seed(config.train.global_seed)
@@ -177,11 +178,11 @@ def _state(plan: TrainPlan, world, log):
         log.say(f"starts from the weights of {_start_weights(config, model)}")
     model.to(world.device).train()
     o, t = config.optimizer, config.transport
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, fused=True)
+    adam = dict(lr=o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, impl="auto" if config.train.fused else "torch")
+    optimizer = AdamWEMA(trainable(model).items(), ema_decay=config.train.ema_decay, **adam)
     late = build.transport(t, config.train.fused, use_lognorm=False) if t.lognorm_until else None
     return DiTState(
-        model=model, ema=EMA(model, config.train.ema_decay, config.train.ema_warmup), optimizer=optimizer,
+        model=model, optimizer=optimizer, ema_decay=config.train.ema_decay, ema_warmup=config.train.ema_warmup,
         transport=build.transport(t, config.train.fused), guard=Guard(world.device, config.train.max_skipped), world=world,
         seed=config.train.global_seed, settings=o, max_steps=config.train.max_steps,
         bf16=build.bf16(config.train.precision, world.device), transport_late=late, late_from=t.lognorm_until or 0,

@@ -11,17 +11,18 @@ from vavae_fast.distributed import World
 from vavae_fast.flow.transport import Transport
 from vavae_fast.schema import OptimizerConfig
 from vavae_fast.training.checkpoint import Groups
-from vavae_fast.training.ema import EMA
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.optimizer import (
-    clip_gradients,
+    gradient_norm,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_ema_decay,
     set_learning_rate,
     trainable,
 )  # fmt: skip
 from vavae_fast.training.parallel import average_gradients
+from vavae_kernels import AdamWEMA
 
 
 @dataclass
@@ -29,8 +30,7 @@ class DiTState:
     """What a LightningDiT run trains. `transport_late` takes over from step `late_from` (uniform t after logit-normal)."""
 
     model: nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamWEMA
     transport: Transport
     guard: Guard
     world: World
@@ -38,23 +38,29 @@ class DiTState:
     settings: OptimizerConfig
     max_steps: int
     bf16: bool
+    ema_decay: float
+    ema_warmup: bool = False
     transport_late: Transport | None = None
     late_from: int = 0
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.settings.lr, step, self.max_steps, self.settings.warmup_steps, self.settings.decay_fraction)
 
+    def ema(self) -> dict[str, Tensor]:
+        """A full state dict of the model with the averaged weights, float32, in place of its own."""
+        return {**self.model.state_dict(), **self.optimizer.ema_state_dict()}
+
     def groups(self) -> Groups:
         return {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": self.ema(),
             "optimizer": optimizer_tensors(self.optimizer, trainable(self.model)),
             "guard": {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
         }
 
     def load_groups(self, groups: Groups, source: str) -> None:
         self.model.load_state_dict(groups["model"])
-        self.ema.load_state_dict(groups["ema"])
+        self.optimizer.load_ema_state_dict({name: groups["ema"][name] for name in trainable(self.model)})
         load_optimizer_tensors(self.optimizer, trainable(self.model), groups["optimizer"], source)
         self.guard.skipped.copy_(groups["guard"]["skipped"])
         self.guard.in_a_row.copy_(groups["guard"]["in_a_row"])
@@ -66,6 +72,7 @@ def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> di
     A non-finite gradient leaves weights, moments and EMA as they were and counts in `guard.skipped`.
     """
     set_learning_rate(state.optimizer, state.learning_rate(step))
+    set_ema_decay(state.optimizer, state.ema_decay, step, state.ema_warmup)
     means: dict[str, Tensor] = {}
     for batch in micro_batches:
         terms = flow_terms(state, step, batch)
@@ -74,9 +81,8 @@ def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> di
             means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     average_gradients(parameters, state.world)
-    grad_norm = clip_gradients(parameters, state.settings.max_grad_norm)
-    ok = state.guard.step(grad_norm, state.optimizer)
-    state.ema.update(step, ok)
+    grad_norm = gradient_norm(parameters)
+    state.guard.step({state.optimizer: grad_norm}, state.settings.max_grad_norm)
     state.optimizer.zero_grad(set_to_none=True)
     return means | {"grad_norm": grad_norm}
 

@@ -1,5 +1,7 @@
 """The guard against non-finite gradients: such a step changes nothing, is counted, and too many in a row end the run."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,10 @@ from vavae_fast.errors import BadInput
 
 
 class Guard:
-    """Steps optimizers only where the gradient norm is finite, deciding on the device.
+    """Steps optimizers only where all gradient norms are finite, deciding on the device.
 
-    `torch.optim`'s fused Adam and AdamW read `found_inf`: with 1 they leave weights, moments and step count as they were.
+    The fused Adam and AdamW of `torch.optim`, and `AdamWEMA`, read two attributes: with `found_inf` 1 they leave weights, moments,
+    step count and average as they were, and they divide gradients by `grad_scale`, which is how clipping costs no pass of its own.
     """
 
     def __init__(self, device: torch.device, max_skipped: int):
@@ -17,11 +20,13 @@ class Guard:
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.max_skipped = max_skipped
 
-    def step(self, grad_norm: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
-        """Take the steps if `grad_norm`, a () tensor, is finite. Returns that, a () bool tensor on the device."""
-        ok = torch.isfinite(grad_norm)
-        for optimizer in optimizers:
-            optimizer.grad_scale, optimizer.found_inf = None, (~ok).to(torch.float32)
+    def step(self, norms: Mapping[torch.optim.Optimizer, Tensor], max_norm: float | None = None) -> Tensor:
+        """Step every optimizer if the L2 norms of their gradients, () tensors, are all finite; the gradients of each are scaled
+        down to `max_norm` where its norm is larger. Returns whether, a () bool tensor on the device."""
+        ok = torch.isfinite(torch.stack(list(norms.values())).sum())
+        for optimizer, norm in norms.items():
+            optimizer.found_inf = (~ok).to(torch.float32)
+            optimizer.grad_scale = None if max_norm is None else (norm / max_norm).clamp(min=1.0)
             optimizer.step()
         self.skipped += ~ok
         self.in_a_row = torch.where(ok, 0, self.in_a_row + 1)

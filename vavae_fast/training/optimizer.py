@@ -1,10 +1,10 @@
-"""Optimizers, the learning-rate schedule, gradient clipping, and their state as plain named tensors."""
+"""Schedules of learning rate and EMA, the gradient norm, and an optimizer's state as plain named tensors."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from vavae_fast.errors import BadInput
 
@@ -32,18 +32,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The L2 norm of all gradients, a () tensor on the device; they are scaled down to `max_norm` where it is larger."""
-    parameters = list(parameters)
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+def set_ema_decay(optimizer: torch.optim.Optimizer, decay: float, step: int, warmup: bool = False) -> None:
+    """The average's decay after step `step`. With `warmup` min(decay, (1 + step) / (10 + step)): a short run forgets its first steps."""
+    for group in optimizer.param_groups:
+        group["ema_decay"] = min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The L2 norm of all gradients, a () tensor on the device."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters) -> dict[str, Tensor]:
-    """The optimizer's state as `<slot>.<parameter name>` -> tensor; a parameter without state yet has none."""
-    return {f"{slot}.{name}": value for name, p in named.items() for slot, value in optimizer.state.get(p, {}).items()}
+    """The optimizer's state as `<slot>.<parameter name>` -> tensor, without the average, which is a model of its own."""
+    return {f"{slot}.{name}": value for name, p in named.items() for slot, value in optimizer.state.get(p, {}).items() if slot != "ema"}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor], source: str) -> None:

@@ -1,6 +1,6 @@
 """The VA-VAE step: paper section 3; reference vavae/ldm/models/autoencoder.py, contperceptual.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from vavae_fast.pixels import to_unit
 from vavae_fast.training.checkpoint import Groups
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.optimizer import (
-    clip_gradients,
+    gradient_norm,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -97,15 +97,13 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
         for key, value in terms.items():
             means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
 
-    parameters = list(state.trained().values())
-    optimizers, norms = [state.optimizer], [_averaged_norm(state, parameters)]
+    norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
     if gan:
-        norms.append(_averaged_norm(state, list(state.discriminator.parameters())))
-        optimizers.append(_as_if_stepped(state.optimizer_disc, step))
-    state.guard.step(torch.stack(norms).sum(), *optimizers)
-    for optimizer in optimizers:
+        norms[_as_if_stepped(state.optimizer_disc, step)] = _averaged_norm(state, state.discriminator.parameters())
+    state.guard.step(norms, state.max_grad_norm)
+    for optimizer in norms:
         optimizer.zero_grad(set_to_none=True)
-    return means | {"grad_norm": norms[0]}
+    return means | {"grad_norm": norms[state.optimizer]}
 
 
 def _backward(state: TokenizerState, step: int, batch: ImageBatch, parts: int, gan: bool) -> dict[str, Tensor]:
@@ -137,9 +135,10 @@ def _alignment(state: TokenizerState, images: Tensor, z: Tensor) -> Alignment | 
     return Alignment(z, state.projection(features))
 
 
-def _averaged_norm(state: TokenizerState, parameters: list[nn.Parameter]) -> Tensor:
+def _averaged_norm(state: TokenizerState, parameters: Iterable[nn.Parameter]) -> Tensor:
+    parameters = list(parameters)
     average_gradients(parameters, state.world)
-    return clip_gradients(parameters, state.max_grad_norm)
+    return gradient_norm(parameters)
 
 
 def _as_if_stepped(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
