@@ -31,7 +31,7 @@ from ._adamw_ema_compiled import CompiledStep, Slot, in_one_order
 
 _CHUNK = 1 << 26  # elements updated at a time: bounds the temporaries of the reference to about 1.5 GB
 _STATE = ("step", "exp_avg", "exp_avg_sq", "ema")
-_FUSED_DEVICES = ("cuda",)  # where torch.optim's fused AdamW stands in for the kernel
+_FUSED_DEVICES = ("cuda", "cpu")  # where torch.optim's fused AdamW stands in for the kernel
 
 
 def adamw_ema_reference(
@@ -151,7 +151,7 @@ class AdamWEMA(torch.optim.Optimizer):
     lr and ema_decay of a group may be () fp32 tensors on the device: a CUDA graph then follows what is written into them. Take one
     step before capturing: it makes the state.
 
-    impl "torch": PyTorch's operators, on a GPU its fused AdamW where that takes the tensors, else the reference. "auto": on a GPU the
+    impl "torch": PyTorch's operators, its fused AdamW where that takes the tensors, else the reference. "auto": on a GPU the
     kernel of `csrc`, compiled when the optimizer is made; PyTorch's operators where it cannot be (said once), on other devices, for fp64
     and for tensors with gaps. "triton", the name that asks every operator for its own kernel: an error instead of PyTorch's operators;
     on CPU tensors, under TRITON_INTERPRET=1, the host build of the same source.
@@ -310,7 +310,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
 
 def _step_torch(slots: list[Slot], group: Mapping[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-    """One step of `slots` on PyTorch's operators: its fused AdamW on a GPU where that takes them, else the reference."""
+    """One step of `slots` on PyTorch's operators: its fused AdamW where that takes them, else the reference."""
     moving = [slot for slot in slots if slot.grad is not None]
     fused, plain = _split(moving, _fused_takes)
     for adamw, part in ((_fused_adamw, fused), (adamw_ema_reference, plain)):
