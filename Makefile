@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 RUN_DEMO ?= runs/demo
 TEST_JOBS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-report clean
 
 demo: $(VENV)/.core
 	$(BIN)/vavae-fast demo --out $(RUN_DEMO)
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks $(PYTEST)
+
+bench-report: $(VENV)/.core
+	$(BIN)/vavae-fast bench-report
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks

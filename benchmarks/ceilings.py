@@ -4,15 +4,16 @@ The unknowns are those that the predictions of the training step rest on: matrix
 backend at its head dimensions, fp8, the tokenizer's convolutions. Rates are in TFLOP/s and TB/s, read plus written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Race, Timing
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.timing import Race, Timing
 
 BF16 = torch.bfloat16
 MODELS = {"XL/1": (1152, 16, 72, 3072), "B/1": (768, 12, 64, 2048)}  # width, heads, head dimension, MLP hidden
@@ -24,6 +25,10 @@ class Rates:
 
     def __init__(self, device: torch.device, tiny: bool):
         self.device, self.tiny = device, tiny
+
+    def size(self, real: int) -> int:
+        """A dimension of a matrix: a sixteenth of the real one on a CPU."""
+        return real // 16 if self.tiny else real
 
     def draw(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         """Random data: a matrix product of zeros runs faster than one of anything else."""
@@ -51,6 +56,12 @@ def ceilings(rates: Rates) -> Iterator[Row]:
     yield rates.row("matmul sustained", lambda: a @ b, flops=2 * n**3, seconds=0.5)
 
 
+def bounds(rows: Iterable[Row]) -> dict[str, float]:
+    """What other rates are shares of: tbps of the copy, tflops of the matrix product."""
+    found = {row["name"]: row for row in rows if "name" in row}
+    return {unit: found[name][unit] for name, unit in (("copy", "tbps"), ("matmul", "tflops")) if unit in found.get(name, {})}
+
+
 def _copy(rates: Rates) -> Row:
     source = rates.draw((1 << 18) if rates.tiny else (1 << 30))
     target = torch.empty_like(source)
@@ -61,7 +72,8 @@ def matrix_products(rates: Rates) -> Iterator[Row]:
     """The four linear layers of a block: forward with bias, gradient of the input, gradient of the weight."""
     tokens = 8 if rates.tiny else 65536
     for model, (d, _, _, hidden) in MODELS.items():
-        for layer, k, n in (("qkv", d, 3 * d), ("proj", d, d), ("w12", d, 2 * hidden), ("w3", hidden, d)):
+        for layer, *sizes in (("qkv", d, 3 * d), ("proj", d, d), ("w12", d, 2 * hidden), ("w3", hidden, d)):
+            k, n = map(rates.size, sizes)
             x, w, g, bias = rates.draw(tokens, k), rates.draw(n, k), rates.draw(tokens, n), rates.draw(n)
             flops = 2 * tokens * k * n
             yield rates.row(f"{model} {layer} forward", lambda x=x, w=w, bias=bias: F.linear(x, w, bias), flops)
@@ -94,9 +106,10 @@ def attention_backends(rates: Rates) -> Iterator[Row]:
 
 def fp8_products(rates: Rates) -> Iterator[Row]:
     """torch._scaled_mm by tensor and by row."""
-    e4m3, tokens = torch.float8_e4m3fn, 16 if rates.tiny else 65536
-    shapes = (("qkv", tokens, 1152, 3456), ("w12", tokens, 1152, 6144), ("w3", tokens, 3072, 1152), ("8192³", *[32 if rates.tiny else 8192] * 3))
-    for layer, m, k, n in shapes:
+    e4m3, tokens = torch.float8_e4m3fn, 256 if rates.tiny else 65536
+    shapes = (("qkv", tokens, 1152, 3456), ("w12", tokens, 1152, 6144), ("w3", tokens, 3072, 1152), ("8192³", 8192, 8192, 8192))
+    for layer, *sizes in shapes:
+        m, k, n = map(rates.size, sizes)
         x, w = rates.draw(m, k).to(e4m3), rates.draw(n, k).to(e4m3)
         one = torch.ones((), device=rates.device)
         scales = {"by tensor": (one, one), "by row": (torch.ones(m, 1, device=rates.device), torch.ones(1, n, device=rates.device))}

@@ -4,20 +4,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timing import Race
 from torch import Tensor
 
+from benchmarks.timing import Play, Race, play
 from vavae_fast.models import create_lightningdit
 from vavae_kernels import AdamWEMA
+from vavae_kernels._compat import INTERPRETED
 
 HYPER = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
 DECAY = 0.9999
+KEY = "ops/adamw_ema/XL/1/step"
 BYTES_A_PARAMETER = 36  # p, g, m, v, ema read, p, m, v, ema written, in fp32
 
 
 def ours(parameters: list[Tensor]) -> Callable[[], Any]:
-    """On a GPU the compiled kernel or an error, never its substitute."""
-    return AdamWEMA(parameters, **HYPER, ema_decay=DECAY, impl="triton" if parameters[0].is_cuda else "auto").step
+    """The compiled kernel or an error, never its substitute; the host build of it in a rehearsal."""
+    compiled = parameters[0].is_cuda or INTERPRETED
+    return AdamWEMA(parameters, **HYPER, ema_decay=DECAY, impl="triton" if compiled else "auto").step
 
 
 def fused_and_foreach(parameters: list[Tensor]) -> Callable[[], None]:
@@ -87,20 +90,21 @@ def error(device: torch.device, steps: int = 5) -> float:
     return worst
 
 
-def measure(model: str | None, device: torch.device, rounds: int, seconds: float, ceilings: Mapping[str, float]) -> dict[str, Any]:
+def measure(
+    model: str | None, device: torch.device, rounds: int, seconds: float, ceilings: Mapping[str, float], last: Play = play
+) -> dict[str, Any]:
     """The row of one step over all parameters of `model`; AssertionError, and no time, where ours is not right."""
     found = error(device)
     if not found <= 1:
         raise AssertionError(f"adamw_ema: error {found:.3g} times what the rule allows")
     parameters = draw(parameter_shapes(model), device)  # shared: a step's time does not depend on their values
     race = Race({name: [make(parameters)] for name, make in CANDIDATES.items()}, device, seconds, warm_up=min(seconds, 0.1), graph=False)
-    for _ in range(rounds):
-        race.round()
+    last(race.round, rounds)
     timings = race.timings
     moved = BYTES_A_PARAMETER * sum(p.numel() for p in parameters)
     tbps = moved / timings["ours"].median / 1e12
     return dict(
-        op="adamw_ema", shape=model or "tiny", variant="", dtypes="fp32", mode="step",
+        op="adamw_ema", shape="XL/1", variant="", dtypes="fp32", mode="step",
         us={name: round(1e6 * t.median, 3) for name, t in timings.items()},
         spread={name: round(t.spread, 4) for name, t in timings.items()},
         ratio={name: round(race.ratio(name), 4) for name in timings if name != "ours"},

@@ -214,4 +214,14 @@ _PEERS: Mapping[str, Mapping[str, Peer]] = {
 
 def peers(spec: Spec) -> dict[str, Peer]:
     """Other libraries' versions of an operator by library: those of this file and those that its spec names."""
-    return {**_PEERS.get(spec.name, {}), **spec.peers}
+    return {**_PEERS.get(formula(spec), {}), **spec.peers}
+
+
+def formula(spec: Spec) -> str:
+    """The name of the formula: two operators that compute the same share their reference, and what they are compared with."""
+    return spec.reference.__name__.removesuffix("_reference")
+
+
+def plain(spec: Spec) -> Callable[..., Any]:
+    """What eager and compiled baselines run: the formula as a model writes it, else the reference."""
+    return PLAIN.get(formula(spec), spec.reference)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import synchronize
+
+from benchmarks.timing import synchronize
 
 # First match wins; names as Inductor (whose names hold those of the operators it fused), cuDNN, cuBLAS and PyTorch give them.
 CLASSES: tuple[tuple[str, str], ...] = (

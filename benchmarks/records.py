@@ -11,10 +11,13 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vavae_fast.commands.bench_report import REHEARSAL, read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,29 +82,6 @@ def environment(device: torch.device) -> Row:
     return stamp
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of one file. A last line that a stopped run left unfinished is no row; anything else unreadable is ValueError."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    return rows
-
-
-def newest(folder: Path) -> dict[str, dict[str, Row]]:
-    """device -> key -> the newest row of all result files in `folder`; rows that hold an error count only where nothing better is."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in sorted((row for path in sorted(folder.glob("*.jsonl")) for row in read(path)), key=lambda row: row["time"]):
-        rows = found.setdefault(row["device"], {})
-        if "error" not in row or "error" in rows.get(row["key"], {"error": ""}):
-            rows[row["key"]] = row
-    return found
-
-
 class Records:
     """The file that a run writes, and what earlier runs of the same code on this device have done.
 
@@ -109,12 +89,15 @@ class Records:
     """
 
     def __init__(self, device: torch.device, folder: Path, earlier: Path = RESULTS, rehearsal: bool = False):
-        self.stamp = environment(device) | (dict(device="rehearsal") if rehearsal else {})
+        self.stamp = environment(device) | (dict(device=REHEARSAL) if rehearsal else {})
         name = re.sub(r"\W+", "-", self.stamp["device"]).strip("-")
         self.path = folder / f"{name}-{self.stamp['date']}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.path.exists() and (earlier / self.path.name).is_file():
             self.path.write_bytes((earlier / self.path.name).read_bytes())
+        if self.path.exists():  # a stopped run may have left half a line
+            whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
+            self.path.write_bytes(whole + newline)
         self.before = [row for where in {earlier, folder} for path in sorted(where.glob(f"{name}-*.jsonl")) for row in read(path)]
         self.rows: list[Row] = []
 
@@ -125,9 +108,38 @@ class Records:
 
     def add(self, section: str, key: str, **values: Any) -> Row:
         """Write a row and keep it; it is on disk when this returns."""
-        stamp = {name: self.stamp[name] for name in ("device", "commit", "source")}
+        stamp = {name: self.stamp[name] for name in ("device", "torch", "triton", "commit", "source")}
         row = dict(section=section, key=key) | values | stamp | dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
+
+
+def lines(rows: Iterable[Row]) -> Iterator[str]:
+    """Measurements in a few words each; the file holds all of them."""
+    for row in rows:
+        if "error" in row:
+            yield f"FAILED   {row['key']}: {row['error'][:150]}"
+        elif row["section"] in ("ceilings", "unknowns") and "us" in row:
+            rates = "  ".join(f"{row[unit]} {word}" for unit, word in (("tbps", "TB/s"), ("tflops", "TFLOP/s")) if unit in row)
+            yield f"{row['section']:9s}{row['name'][:48]:50s}{rates}"
+        elif row["section"] == "correctness":
+            unfinished = "" if row["complete"] else ", not all run"
+            yield f"correct  {row['name'][:30]:32s}{row['cases']} cases, worst {row['worst']:.2f} of what is allowed{unfinished}"
+        elif row["section"] == "steps":
+            rates = row.get("images_per_second") or row["us"]
+            yield f"{row['name']} (at {row['batch']}): " + ", ".join(f"{name} {value:g}" for name, value in rates.items())
+            ratios = ", ".join(f"{value:.3f} x {name}" for name, value in row["ratio"].items())
+            yield f"         {row['ours']} is {ratios}" if ratios else f"         alone: {row['left_out']}"
+        elif row["section"] == "ops":
+            ratios = ", ".join(f"{value:.2f} x {name}" for name, value in row["ratio"].items())
+            rates = [f"{1e3 * row['tbps']:.0f} GB/s"] if "tbps" in row else []
+            rates += [f"{row['tflops']:.0f} TFLOP/s"] if "tflops" in row else []
+            rates += [f"{100 * row['roofline']:.0f} % of copy"] if "roofline" in row else []
+            case = f"{row['op']} {row['shape']} {row['variant']}"
+            spread = f" +- {50 * row['spread']['ours']:.0f} %" if "spread" in row else ""
+            yield f"{case[:44]:45s}{row['mode']:17s}{row['us']['ours']:10.1f} us{spread}  {', '.join(rates)}; {ratios}"
+        elif row["section"] == "configs" and row.get("proposed"):
+            best, shipped = (row["us"].get(row[which]) for which in ("best", "shipped"))
+            yield f"config   {row['kernel']} {row['launch_key']}: {row['best']} {best} us, shipped {shipped} us"

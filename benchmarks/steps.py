@@ -9,17 +9,17 @@ import importlib
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import optimizers
 import torch
-from profiles import by_class
-from timing import Dynamo, Race, captured, fresh_dynamo
 from torch import Tensor, nn
 
+from benchmarks import optimizers
+from benchmarks.profiles import by_class
+from benchmarks.timing import Dynamo, Play, Race, captured, fresh_dynamo, play
 from vavae_fast.flow import create_transport
 from vavae_fast.models import create_lightningdit
 from vavae_fast.models._torchvision import import_timm
@@ -232,86 +232,157 @@ def fitting_batch(size: str, wanted: int, arms: Sequence[str], device: torch.dev
     return wanted
 
 
-class Comparison:
-    """Arms of one step, raced. `row` is what goes into the results file."""
+@dataclass(frozen=True)
+class Step:
+    """What is compared: "train", "sample" or "block" of a size at a batch, in which ways, captured in CUDA graphs or not."""
 
-    def __init__(
-        self, what: str, size: str, batch: int, arms: Sequence[str], device: torch.device, dynamo: Dynamo, backend: str,
-        graph: bool, reference: Path | None, seconds: float, warm_up: float,
-    ):  # fmt: skip
-        self.what, self.size, self.batch, self.device, self.dynamo, self.graph = what, size, batch, device, dynamo, graph
+    what: str
+    size: str
+    batch: int
+    arms: tuple[str, ...]
+    graph: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """As guards.yaml and the README have it: "train XL/1, batch 32, CUDA graph"."""
+        return f"{self.what} {self.size}, batch {self.batch}" + (", CUDA graph" if self.graph else "") + (f", {self.label}" if self.label else "")
+
+
+MAIN_ARMS = ("compiled blocks", "fused, compiled blocks", "fused")
+MAIN = Step("train", "XL/1", 256, MAIN_ARMS)
+STEPS = (  # most valuable first; the block says what each operator is worth in the compiled block
+    MAIN,
+    Step("block", "XL/1", 256, (*WITHOUT, "eager", "fused")),
+    Step("train", "XL/1", 256, ("public code", "fused, compiled blocks"), label="public code"),
+    Step("train", "XL/1", 128, ("eager", "fused, compiled blocks"), label="eager"),
+    Step("sample", "XL/1", 64, ("eager", *MAIN_ARMS)),
+    Step("train", "XL/1", 32, MAIN_ARMS, graph=True),
+    Step("train", "B/1", 256, ("eager", *MAIN_ARMS)),
+    Step("train", "B/1", 32, MAIN_ARMS, graph=True),
+    Step("sample", "XL/1", 4, MAIN_ARMS, graph=True),
+    Step("sample", "B/1", 64, ("eager", *MAIN_ARMS)),
+    Step("train", "XL/1", 256, ("compiled model", "fused, compiled model", "fused, compiled blocks"), label="whole model"),
+)
+
+
+BASELINES = (*ARMS, *WITHOUT)  # what a guard may name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How steps are timed. reference: folder of the public repository, for the arm that is its code."""
+
+    rounds: int = 5
+    seconds: float = 0.8
+    warm_up: float = 0.5
+    backend: str = "inductor"
+    reference: Path | None = None
+
+
+def rehearsal(step: Step) -> Step:
+    """The same at a size for a CPU."""
+    return replace(step, size="tiny", batch=2)
+
+
+REHEARSAL = Settings(rounds=1, seconds=0.0, warm_up=0.0, backend="aot_eager")
+REHEARSED = tuple(rehearsal(STEPS[n]) for n in (0, 1, 2, 8, 10))  # one of each kind
+
+
+class Arms:
+    """The arms of a step that run here, and why the others do not."""
+
+    def __init__(self, step: Step, device: torch.device, dynamo: Dynamo, settings: Settings):
+        self.step, self.device, self.dynamo = step, device, dynamo
         self.left_out: dict[str, str] = {}
         self.peak_gb: dict[str, float] = {}
-        self.steps: dict[str, Callable[[], Any]] = {}
-        if what == "block":
-            made = {name: (lambda step=step: step) for name, step in block_calls(size, batch, device, backend).items() if name in arms}
-        else:
-            base = base_model(size, device)
-            kind = TrainingStep if what == "train" else SamplingStep
-            made = {n: lambda a=ARMS[n]: kind(a, in_the_way_of(a, base, size, backend, reference), batch, device) for n in arms}
-        for name, make in made.items():
+        self.calls: dict[str, Callable[[], Any]] = {}
+        for name, make in self._makers(settings).items():
             self._try(name, make)
-        if not self.steps:
-            raise RuntimeError(f"no way of {what} {size} at batch {batch} runs: {self.left_out}")
-        self.race = Race({name: [step] for name, step in self.steps.items()}, device, seconds, warm_up, graph=graph)
-        dynamo.settle()
+        if not self.calls:
+            raise RuntimeError(f"no way of {step.name} runs: {self.left_out}")
+
+    def _makers(self, settings: Settings) -> dict[str, Callable[[], Callable[[], Any]]]:
+        step, device = self.step, self.device
+        if step.what == "block":
+            return {name: (lambda call=call: call) for name, call in block_calls(step.size, step.batch, device, settings.backend).items()}
+        base = base_model(step.size, device)
+        kind = TrainingStep if step.what == "train" else SamplingStep
+        model = lambda arm: in_the_way_of(arm, base, step.size, settings.backend, settings.reference)
+        return {name: lambda arm=ARMS[name]: kind(arm, model(arm), step.batch, device) for name in step.arms}
 
     def _try(self, name: str, make: Callable[[], Callable[[], Any]]) -> None:
         """Run an arm twice, note its memory; an arm without memory or package is left out, and the row says so."""
         cuda = self.device.type == "cuda"
-        step = None
+        call = None
         try:
-            step = make()
-            step()
+            call = make()
+            with nullcontext() if name in EAGER_ARMS else self.dynamo.compiles(name):
+                call()
             if cuda:
                 torch.cuda.synchronize(self.device)
                 before = torch.cuda.memory_allocated(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
-            step()
+            call()
             if cuda:
                 torch.cuda.synchronize(self.device)
                 self.peak_gb[name] = round((torch.cuda.max_memory_allocated(self.device) - before) / 2**30, 2)
-            if self.graph:
-                captured([step], self.device)()
-            self.steps[name] = step
+            if self.step.graph:
+                captured([call], self.device)()
+            self.calls[name] = call
         except torch.cuda.OutOfMemoryError:
-            self.left_out[name] = f"out of memory at batch {self.batch}"
+            self.left_out[name] = f"out of memory at batch {self.step.batch}"
         except ImportError as reason:
             self.left_out[name] = str(reason)
         if name in self.left_out and cuda:
-            del step
+            del call
             torch.cuda.empty_cache()
 
-    def row(self) -> dict[str, Any]:
-        self.dynamo.check(expected=any(name not in EAGER_ARMS for name in self.steps))
-        timings = self.race.timings
-        fused = [name for name in timings if name.startswith("fused")]
-        ours = min(fused, key=lambda name: timings[name].median) if fused else None
-        row = dict(
-            what=self.what, size=self.size, batch=self.batch, ours=ours, how="graph" if self.graph else "calls",
-            us={name: round(1e6 * t.median, 1) for name, t in timings.items()},
-            spread={name: round(t.spread, 4) for name, t in timings.items()},
-            ratio={name: round(self.race.ratio(name, ours), 4) for name in timings if ours and name != ours},
-            peak_gb=self.peak_gb, left_out=self.left_out,
-        )  # fmt: skip
-        if self.what == "block":
-            return row
-        flops = flops_per_image(config(self.size)) * (3 if self.what == "train" else 2)
-        row["images_per_second"] = {name: round(self.batch / t.median, 2) for name, t in timings.items()}
-        row["tflops"] = {name: round(flops * self.batch / t.median / 1e12, 2) for name, t in timings.items()}
-        return row
+
+def compare(step: Step, device: torch.device, settings: Settings, profile: bool = False, last: Play = play) -> dict[str, Any]:
+    """The row of a step's arms run side by side, with each one's kernels by class if `profile`, at the largest batch that fits.
+
+    `FellBack` where a compiled arm did not run compiled. last plays the rounds: pytest-benchmark keeps its books of them.
+    """
+    fitting = fitting_batch(step.size, step.batch, step.arms, device) if step.what == "train" else step.batch
+    while True:
+        try:
+            return _compare(step, replace(step, batch=fitting), device, settings, profile, last)
+        except torch.cuda.OutOfMemoryError:
+            if fitting <= 8:
+                raise
+            fitting //= 2
+            torch.cuda.empty_cache()
 
 
-def compare(
-    what: str, size: str, batch: int, arms: Sequence[str], device: torch.device, rounds: int = 5, profile: bool = False,
-    backend: str = "inductor", graph: bool = False, reference: Path | None = None, seconds: float = 0.8, warm_up: float = 0.5,
-) -> dict[str, Any]:  # fmt: skip
-    """The row of arms run side by side, with each one's kernels by class if `profile`. `FellBack` where a compiled arm did not run compiled."""
+def _compare(asked: Step, step: Step, device: torch.device, settings: Settings, profile: bool, last: Play) -> dict[str, Any]:
     with fresh_dynamo() as dynamo:
-        comparison = Comparison(what, size, batch, arms, device, dynamo, backend, graph, reference, seconds, warm_up)
-        for _ in range(rounds):
-            comparison.race.round()
-        row = comparison.row()
+        arms = Arms(step, device, dynamo, settings)
+        race = Race({name: [call] for name, call in arms.calls.items()}, device, settings.seconds, settings.warm_up, graph=step.graph)
+        dynamo.settle()
+        last(race.round, settings.rounds)
+        dynamo.check()
+        row = _row(asked, arms, race)
         if profile:
-            row["profile"] = {name: by_class(step, device) for name, step in comparison.steps.items()}
+            row["profile"] = {name: by_class(call, device) for name, call in arms.calls.items()}
         return row
+
+
+def _row(asked: Step, arms: Arms, race: Race) -> dict[str, Any]:
+    """What goes into the results file; ratios are to the fastest of the fused arms."""
+    step, timings = arms.step, race.timings
+    fused = [name for name in timings if name.startswith("fused")]
+    ours = min(fused, key=lambda name: timings[name].median) if fused else None
+    row = dict(
+        name=asked.name, what=step.what, size=step.size, batch=step.batch, ours=ours, how="graph" if step.graph else "calls",
+        us={name: round(1e6 * t.median, 1) for name, t in timings.items()},
+        spread={name: round(t.spread, 4) for name, t in timings.items()},
+        ratio={name: round(race.ratio(name, ours), 4) for name in timings if ours and name != ours},
+        peak_gb=arms.peak_gb, left_out=arms.left_out,
+    )  # fmt: skip
+    if step.what == "block":
+        return row
+    flops = flops_per_image(config(step.size)) * (3 if step.what == "train" else 2)
+    row["images_per_second"] = {name: round(step.batch / t.median, 2) for name, t in timings.items()}
+    row["tflops"] = {name: round(flops * step.batch / t.median / 1e12, 2) for name, t in timings.items()}
+    return row

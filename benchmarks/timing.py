@@ -102,6 +102,14 @@ def subject_clock() -> float:
     return _subject_seconds
 
 
+Play = Callable[[Callable[[], None], int], None]  # plays a race's round so many times
+
+
+def play(one_round: Callable[[], None], rounds: int) -> None:
+    for _ in range(rounds):
+        one_round()
+
+
 class Race:
     """Candidates by name, the subject first, each a sequence of calls on its sets of inputs. `round` times all of them once.
 
@@ -199,27 +207,33 @@ def tensor_bytes(values: Mapping[str, Any]) -> int:
 
 
 class Dynamo:
-    """What torch.compile has done since it was fresh. `settle` after warm-up, `check` after the last round."""
+    """What torch.compile has done since it was fresh: `compiles` around a baseline's first call, `settle` after warm-up, `check` at the end."""
 
     def __init__(self) -> None:
-        self.settled = 0
+        self.settled: int | None = None
 
     @property
     def graphs(self) -> int:
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
+    @contextmanager
+    def compiles(self, name: str) -> Iterator[None]:
+        """`FellBack` unless what runs inside compiles a graph: a baseline that is called compiled runs compiled."""
+        before = self.graphs
+        yield
+        if self.graphs == before:
+            raise FellBack(f"{name}: torch.compile compiled no graph, so it would run eager; is TORCHDYNAMO_DISABLE set?")
+
     def settle(self) -> None:
         self.settled = self.graphs
 
-    def check(self, expected: bool = True) -> None:
-        """`FellBack` if nothing was compiled although `expected`, a graph broke, or a call after `settle` compiled again."""
-        if expected and self.graphs == 0:
-            raise FellBack("torch.compile ran and compiled no graph: is TORCHDYNAMO_DISABLE set?")
+    def check(self) -> None:
+        """`FellBack` if a graph broke, or a call after `settle` compiled again."""
         breaks = dict(torch._dynamo.utils.counters["graph_break"])
         if breaks:
             raise FellBack(f"torch.compile broke the graph: {next(iter(breaks))}")
-        if self.settled and self.graphs != self.settled:
-            raise FellBack(f"torch.compile compiled {self.graphs - self.settled} graphs while they were timed")
+        if self.settled is not None and self.graphs != self.settled:
+            raise FellBack(f"torch.compile compiled {self.graphs - self.settled} more graphs while they were timed")
 
 
 @contextmanager

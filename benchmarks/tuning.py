@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from operators import Case, Settings
-from timing import Race, rotation, tensor_bytes
 from torch import Tensor
 
+from benchmarks.operators import Case, Settings
+from benchmarks.timing import Race, rotation, tensor_bytes
 from vavae_kernels._launch import Config, forced, questions
 from vavae_kernels.testing import numerics
 from vavae_kernels.testing.spec import DTYPES
 
-MOST = 8  # configurations of a kernel that are tried
+MOST = 8  # configurations of an operator that are tried
 WORTH = 1.02  # how much faster than the shipped one another must be to be proposed
 
 
@@ -22,7 +22,10 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def tune(case: Case, device: torch.device, settings: Settings, most: int = MOST) -> Iterator[dict[str, Any]]:
-    """A row for each kernel of `case` that has configurations to try, `most` of each. A wrong or refused configuration is named and not timed."""
+    """A row for each kernel of `case` that has configurations to try: two or more of each, `most` of all of them where they are few.
+
+    A wrong or refused configuration is named and not timed.
+    """
     sets = rotation(lambda: case.draw(device), tensor_bytes, device)
     cotangents = numerics.draw_cotangents(case.spec, sets[0])
 
@@ -41,9 +44,9 @@ def tune(case: Case, device: torch.device, settings: Settings, most: int = MOST)
             run(sets[0])
         for kernel, key in answers:
             asked.setdefault(kernel, (key, run))
-    for kernel, configs in case.spec.configs.items():
-        if kernel in asked:
-            yield _row(case, kernel, *asked[kernel], configs[:most], sets, device, settings)
+    tried = {kernel: configs for kernel, configs in case.spec.configs.items() if kernel in asked}
+    for kernel, configs in tried.items():
+        yield _row(case, kernel, *asked[kernel], configs[: max(2, most // len(tried))], sets, device, settings)
 
 
 def _row(case: Case, kernel: str, key: str, run: Callable, configs: tuple[Config, ...], sets: list, device: torch.device, settings: Settings):
@@ -81,8 +84,7 @@ def _fault(case: Case, kernel: str, config: Config, device: torch.device) -> str
     sizes = {**case.sizes, "B": min(case.sizes["B"], 2)} if "B" in case.sizes else case.sizes
     try:
         with forced({kernel: config}):
-            inputs = case.spec.inputs(sizes, DTYPES[case.dtypes], case.variant, device)
-            wrong = [str(error) for error in numerics.errors(case.spec, inputs) if not error.within]
+            wrong = numerics.faults(case.spec, lambda: case.spec.inputs(sizes, DTYPES[case.dtypes], case.variant, device))
     except Exception as refusal:  # the compiler's, the driver's or ours: an experiment that fails is left out
         return f"{type(refusal).__name__}: {str(refusal)[:120]}"
     return wrong[0] if wrong else None
