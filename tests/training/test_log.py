@@ -1,11 +1,12 @@
 """What a run says: one JSON object a logged step, a text log, lines that a person reads."""
 
+import io
 import json
 import math
+import sys
 
 import pytest
 
-from vavae_fast.errors import BadInput
 from vavae_fast.training.log import RunLog, progress_line, readable_time
 
 VALUES = dict(step=200, loss=0.74231, mse=0.31, lr=2e-4, images_per_second=412.3, data_wait=0.004, skipped=0.0)
@@ -19,6 +20,8 @@ def test_a_line_says_step_loss_rate_and_time_left():
     line = progress_line(VALUES, 80000, 24780)
     assert line == "step 200/80000  loss 0.7423  mse 0.31  lr 0.0002  412 img/s  data 0%  ETA 6 h 53 m"
     assert "skipped 3" in progress_line(VALUES | dict(skipped=3.0), 80000, 10)
+    assert "  mse 0.31  valid_mse 0.325  lr" in progress_line(VALUES | dict(valid_mse=0.325), 80000, 10)
+    assert "412 img/s  MFU 41%  data 0%" in progress_line(VALUES | dict(mfu=0.4123), 80000, 10)
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (89, "89 s"), (90, "2 m"), (3600, "60 m"), (5400, "1 h 30 m"), (24780, "6 h 53 m")])
@@ -80,7 +83,23 @@ def test_other_processes_are_silent(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_board_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(BadInput, match=r"log.to=\[tensorboard\]: tensorboard is not installed; pip install"):
-        RunLog(tmp_path, "run", ("tensorboard",))
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_one_line_that_fits(tmp_path, monkeypatch):
+    """Each progress line takes the last one's place; what is said stands above it."""
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    log = RunLog(tmp_path, "run")
+    for step in (10, 20):
+        log.step(VALUES | dict(step=step), 100, 1.0)
+    log.say("saved")
+    log.close()
+    lines = screen.getvalue().split("\n")
+    progress = lines[0].split("\r\033[K")[1:]
+    assert [line[:16] for line in progress] == ["run  step 10/100", "run  step 20/100"] and all(len(line) == 39 for line in progress)
+    assert lines[1:] == ["run  saved", ""]
+    assert "ETA" in (tmp_path / "log.txt").read_text(), "the file has whole lines"

@@ -14,7 +14,7 @@ from vavae_fast.training import loop
 from vavae_fast.training.checkpoint import save_checkpoint, step_folder
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
-from vavae_fast.training.loop import LoopSettings, StopSignal, resume, train
+from vavae_fast.training.loop import LoopSettings, Observer, StopSignal, resume, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -43,15 +43,15 @@ def add(state, step, micro_batches):
     return {"loss": torch.tensor(float(step)), "ones": torch.ones(())}
 
 
-def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2):
+def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2, peak=None, **hooks):
     """As the commands do: resume, then train on 0, 1, 2, … two at a time."""
     state, log = Counter(), RunLog(folder, "run")
     start = resume(state, folder / "checkpoints", log)
     log.forget_after(start)
     numbers = count(start * accumulation)
     batches = iter(lambda: list(islice(numbers, accumulation)), [])
-    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, keep_last, {"stage": "test"})
-    done = train(state, step, batches, settings, ALONE, log, start)
+    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, keep_last, {"stage": "test"}, peak)
+    done = train(state, step, batches, settings, ALONE, log, start, **hooks)
     log.close()
     return state, done
 
@@ -186,6 +186,76 @@ def test_values_that_begin_in_the_middle_of_a_window_are_means_over_it(tmp_path)
 
     run(tmp_path, 10, starting, log_every=4)
     assert [line.get("d_loss") for line in logged(tmp_path)] == [1.0, 4.0, 4.0]
+
+
+def test_an_observer_looks_when_it_is_due_and_its_values_are_logged(tmp_path):
+    looked = []
+    observers = [Observer(4, lambda step: looked.append(step) or {"valid_mse": step / 10}), Observer(100, lambda step: {"rare": 1.0})]
+    state, _ = run(tmp_path / "a", 11, observers=observers)
+    assert looked == [4, 8, 11]
+    lines = logged(tmp_path / "a")
+    assert [(line["step"], line.get("valid_mse"), line.get("rare")) for line in lines] == [
+        (4, 0.4, None), (5, None, None), (8, 0.8, None), (10, None, None), (11, 1.1, 1.0),
+    ]  # fmt: skip
+    assert [line["loss"] for line in lines] == [1.5, 4.0, 6.0, 8.5, 10.0], "means since the last line, whoever asked for it"
+    alone, _ = run(tmp_path / "b", 11)
+    assert torch.equal(state.weight, alone.weight)
+
+
+def test_the_time_that_observers_take_is_no_training_time(tmp_path, clock):
+    """Every step takes a second of this clock, every look ten."""
+
+    def slow(state, step, micro_batches):
+        clock.now += 1.0
+        return add(state, step, micro_batches)
+
+    def look(step):
+        clock.now += 10.0
+        return {}
+
+    run(tmp_path, 20, slow, ckpt_every=1000, observers=[Observer(5, look)], peak=32.0)
+    lines = logged(tmp_path)
+    assert [line["seconds"] for line in lines] == [5.0] * 4
+    assert all(line["images_per_second"] == 8.0 and line["mfu"] == 0.25 for line in lines)
+
+
+def test_the_time_left_counts_everything_but_the_beginning(clock):
+    """The first window takes 100 s a step (compilation); afterwards 1 s a step, and 5 s between windows."""
+    meter = loop._Meter(8)
+    paces = []
+    for seconds in (100.0, 1.0, 1.0):
+        for _ in range(10):
+            clock.now += seconds
+            meter.add({"loss": torch.ones(())})
+        meter.read(ALONE)
+        paces.append(meter.seconds_a_step)
+        clock.now += 5.0
+        meter.restart()
+    assert paces == [100.0, 1.5, 1.5]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+def test_without_a_known_peak_no_utilisation_is_logged(tmp_path):
+    run(tmp_path, 5)
+    assert "mfu" not in logged(tmp_path)[0]
+
+
+def test_what_follows_a_save_finds_the_values_and_the_checkpoint(tmp_path):
+    seen = []
+    run(tmp_path, 9, log_every=4, after_save=lambda: seen.append((len(logged(tmp_path)), saved(tmp_path))))
+    assert seen == [(1, [4]), (2, [4, 8]), (3, [4, 8, 9])]
 
 
 def test_means_over_processes_take_one_collective(monkeypatch):

@@ -1,13 +1,15 @@
-"""What a run says: the screen, log.txt, metrics.jsonl and, when asked for, TensorBoard."""
+"""What a run says: the screen, log.txt, metrics.jsonl and, when asked for, the boards of `boards.py`."""
 
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from vavae_fast.artifacts import write_text
-from vavae_fast.errors import BadInput
+from vavae_fast.training.boards import Board, open_boards
 
 QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress line in this time
 
@@ -15,17 +17,17 @@ QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress li
 class RunLog:
     """Writes for one process; every other process of the run holds one with `folder=None`, which is silent."""
 
-    def __init__(self, folder: Path | None, title: str, boards: tuple[str, ...] = ()):
+    def __init__(self, folder: Path | None, title: str, boards: tuple[str, ...] = (), config: dict[str, Any] | None = None):
+        """`config`: nested keys and values, for the boards that show them."""
         self.folder, self.title = folder, title
         self.terminal = sys.stdout.isatty()
         self.last_line, self.open_line = -math.inf, False
-        self.board = None
+        self.boards: list[Board] = []
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
             self.text = open(folder / "log.txt", "a", encoding="utf-8")
-            if "tensorboard" in boards:
-                self.board = _tensorboard(folder / "tensorboard")
+            self.boards = open_boards(boards, folder, title, config or {})
 
     def forget_after(self, step: int) -> None:
         """Drop logged values of steps beyond `step`: a run that was cut off there logs them again."""
@@ -33,6 +35,8 @@ class RunLog:
             self.metrics.close()
             _forget_after(self.folder / "metrics.jsonl", step)
             self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        for board in self.boards:
+            board.forget_after(step)
 
     def say(self, line: str) -> None:
         """One line, to the screen and log.txt."""
@@ -50,19 +54,24 @@ class RunLog:
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
-        if self.board is not None:
-            for key, value in values.items():
-                self.board.add_scalar(key, value, int(values["step"]))
+        for board in self.boards:
+            board.scalars(int(values["step"]), {key: value for key, value in values.items() if key != "step"})
         line = progress_line(values, max_steps, seconds_left)
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         self.text.flush()
         now = time.monotonic()
         if self.terminal:
-            print(f"\r\033[K{self.title}  {line}", end="", flush=True)
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
+            print(f"\r\033[K{f'{self.title}  {line}'[:width]}", end="", flush=True)
             self.open_line = True
         elif now - self.last_line >= QUIET_SECONDS or values["step"] >= max_steps:
             print(f"{self.title}  {line}", flush=True)
             self.last_line = now
+
+    def image(self, step: int, path: Path) -> None:
+        """A picture in the run folder, to the boards."""
+        for board in self.boards:
+            board.image(step, path)
 
     def close(self) -> None:
         if self.folder is None:
@@ -70,8 +79,8 @@ class RunLog:
         self._end_line()
         self.metrics.close()
         self.text.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
 
     def _end_line(self) -> None:
         if self.open_line:
@@ -80,10 +89,11 @@ class RunLog:
 
 
 def progress_line(values: dict[str, float], max_steps: int, seconds_left: float) -> str:
-    """`step 200/80000  loss 0.742  lr 2e-4  412 img/s  data 0%  ETA 6 h 53 m`."""
-    shown = {key: values[key] for key in ("loss", "mse", "rec", "mcos", "mdms") if key in values}
+    """`step 200/80000  loss 0.742  lr 2e-4  412 img/s  MFU 41%  data 0%  ETA 6 h 53 m`; MFU where the device's peak is known."""
+    shown = {key: values[key] for key in ("loss", "mse", "valid_mse", "rec", "mcos", "mdms") if key in values}
     terms = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-    rate = f"{values['images_per_second']:.0f} img/s  data {100 * values['data_wait']:.0f}%"
+    mfu = f"  MFU {100 * values['mfu']:.0f}%" if "mfu" in values else ""
+    rate = f"{values['images_per_second']:.0f} img/s{mfu}  data {100 * values['data_wait']:.0f}%"
     skipped = f"  skipped {values['skipped']:.0f}" if values.get("skipped") else ""
     return f"step {values['step']:.0f}/{max_steps}  {terms}  lr {values['lr']:.2g}  {rate}{skipped}  ETA {readable_time(seconds_left)}"
 
@@ -106,10 +116,3 @@ def _logged_step(line: str) -> float:
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf  # a line that a kill cut short
 
-
-def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("log.to=[tensorboard]: tensorboard is not installed; pip install 'vavae-fast[log]', or remove the key") from None
-    return SummaryWriter(str(folder))

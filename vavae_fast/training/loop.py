@@ -8,7 +8,7 @@ SIGINT and SIGTERM answered by a checkpoint.
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +50,15 @@ class LoopSettings:
     ckpt_every: int
     keep_last: int | None
     facts: dict[str, Any]  # into every checkpoint's manifest
+    peak_images_per_second: float | None = None  # at which the model's own FLOPs would fill all devices; None: not known, no MFU
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What is looked at every `every` steps and after the last, on every process: held-out loss, samples. It trains nothing."""
+
+    every: int
+    look: Callable[[int], dict[str, float]]  # steps done -> values for the log line
 
 
 class StopSignal:
@@ -92,9 +101,14 @@ def train(
     world: World,
     log: RunLog,
     start: int,
+    observers: Sequence[Observer] = (),
+    after_save: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run steps `start` to `max_steps`; `batches` gives a step's micro-batches. Returns the number of steps done."""
-    meter = _Meter(settings.global_batch)
+    """Run steps `start` to `max_steps`; `batches` gives a step's micro-batches. Returns the number of steps done.
+
+    A line is logged every `log_every` steps and where an observer looks; the time that observers take is no training time.
+    """
+    meter = _Meter(settings.global_batch, settings.peak_images_per_second)
     saved = start
     with StopSignal() as stop:
         for done in range(start + 1, settings.max_steps + 1):
@@ -102,14 +116,19 @@ def train(
                 micro_batches = next(batches)
             meter.add(step(state, done - 1, micro_batches))
             last = done == settings.max_steps
-            if done % settings.log_every == 0 or last:
+            looking = [observer for observer in observers if done % observer.every == 0 or last]
+            if done % settings.log_every == 0 or last or looking:
                 values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)}
+                for observer in looking:
+                    values |= observer.look(done)
                 log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
                 state.guard.check(done)
+                meter.restart()
             stopped = _agreed(stop.name is not None, done, world)
             if done % settings.ckpt_every == 0 or last or stopped:
                 _save(state, settings, world, done)
                 saved = done
+                after_save()
             if stopped:
                 where = settings.folder / "checkpoints"
                 log.say(f"{stop.name or 'another process was stopped'}: saved step {saved} in {where}; the same command continues from there")
@@ -130,14 +149,20 @@ def _save(state: State, settings: LoopSettings, world: World, step: int) -> None
 
 
 class _Meter:
-    """Means of a step's values since the last reading, kept on the device; rates by the wall clock."""
+    """Means of a step's values since the last reading, kept on the device; rates by the wall clock.
 
-    def __init__(self, global_batch: int):
-        self.global_batch = global_batch
+    `seconds_a_step` is the pace for the time left: all that happens between steps counts, what comes before the first reading
+    (compilation) only until the second.
+    """
+
+    def __init__(self, global_batch: int, peak_images_per_second: float | None = None):
+        self.global_batch, self.peak_images_per_second = global_batch, peak_images_per_second
         self.seconds_a_step = 0.0
-        self._reset()
+        self.paced_from, self.paced_steps = None, 0
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Begin a window now."""
         self.sums: dict[str, Tensor] = {}
         self.steps, self.waited, self.started = 0, 0.0, time.perf_counter()
 
@@ -156,19 +181,24 @@ class _Meter:
         self.steps += 1
 
     def read(self, world: World) -> dict[str, float]:
-        """Means over the steps since the last reading and over all processes: one host sync."""
+        """Means over the steps since the window began and over all processes: one host sync."""
         means = world.mean(torch.stack([value.float() for value in self.sums.values()]) / self.steps).tolist()
-        seconds = time.perf_counter() - self.started
-        self.seconds_a_step = seconds / self.steps
-        rates = {
-            "images_per_second": self.global_batch * self.steps / seconds,
-            "data_wait": self.waited / seconds,
-            "seconds": seconds,
-            "memory_gb": _peak_memory() / 1e9,
-        }
-        values = dict(zip(self.sums, means)) | rates
-        self._reset()
-        return values
+        now = time.perf_counter()
+        seconds = now - self.started
+        self._pace(now, seconds)
+        rate = self.global_batch * self.steps / seconds
+        rates = {"images_per_second": rate, "data_wait": self.waited / seconds, "seconds": seconds, "memory_gb": _peak_memory() / 1e9}
+        if self.peak_images_per_second is not None:
+            rates["mfu"] = rate / self.peak_images_per_second
+        return dict(zip(self.sums, means)) | rates
+
+    def _pace(self, now: float, seconds: float) -> None:
+        self.paced_steps += self.steps
+        if self.paced_from is not None:
+            self.seconds_a_step = (now - self.paced_from) / self.paced_steps
+        else:
+            self.seconds_a_step = seconds / self.steps
+            self.paced_from, self.paced_steps = now, 0
 
 
 def _peak_memory() -> int:
