@@ -25,7 +25,7 @@ class DataConfig:
     """`data:` of a LightningDiT config."""
 
     data_path: str | None = None  # latent shards and latents_stats.pt
-    valid_path: str | None = None  # must be null: the reference's code for it calls a function that is not there
+    valid_path: str | None = None  # latents that are not trained on, for the held-out loss of log.valid_every; null: none
     fid_reference_file: str | None = None  # accepted; `evaluate` takes --reference
     image_size: int = 256
     num_classes: int = 1000
@@ -37,7 +37,6 @@ class DataConfig:
     flip: bool = True  # take the mirrored latent half of the time, as the reference does
 
     def __post_init__(self):
-        require(self.valid_path is None, "valid_path", self.valid_path, "null: no validation loss is computed; score samples with evaluate")
         require(self.image_size > 0, "image_size", self.image_size, "above 0")
         require(self.num_classes > 0, "num_classes", self.num_classes, "above 0")
         require(self.latent_multiplier > 0, "latent_multiplier", self.latent_multiplier, "above 0")
@@ -67,7 +66,7 @@ class ModelConfig:
     use_rmsnorm: bool = False
     wo_shift: bool = False
     in_chans: int = 4
-    use_checkpoint: bool = False  # recompute each block in the backward pass: less memory, about a third more time
+    use_checkpoint: bool | Literal["selective"] = False  # true: recompute blocks in backward, a third more time; selective: but not their products
     # ours
     learn_sigma: bool = False
     class_dropout_prob: float = 0.1
@@ -116,16 +115,22 @@ class TrainConfig:
     micro_batch_size: int | None = None  # samples a process holds at once; null: its whole share
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     fused: bool = False  # run the operators of vavae_kernels
+    residual_dtype: Literal["fp32", "bf16"] = "fp32"  # LightningDiT's stream between blocks; fp32 is the reference's
+    compile: Literal["auto", "none", "blocks", "model"] = "auto"  # auto: LightningDiT's blocks on a GPU, nothing on a CPU
     attention: str = "auto"  # LightningDiT's attention: a backend of vavae_kernels, see the table in README.md
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay = min(ema_decay, (1 + step) / (10 + step)): for short runs
-    keep_last: int | None = None  # checkpoints kept; null: all
+    shard: Literal["none", "full", "hybrid"] = "none"  # FSDP2 of LightningDiT: weights spread over all processes, or over those of a node
+    keep_last: int | None = None  # checkpoints kept, beside the best on held-out loss and those with a file `pinned` in them; null: all
+    keep_every: int | None = None  # and those whose step is a multiple of this
     max_skipped: int = 10  # non-finite steps in a row before the run stops
 
     def __post_init__(self):
-        for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "max_skipped"):
+        for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
+        narrow = self.residual_dtype == "bf16"
+        require(not narrow or self.precision != "fp32", "residual_dtype", self.residual_dtype, "fp32 with precision fp32")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         require(self.keep_last is None or self.keep_last >= 2, "keep_last", self.keep_last, "2 or more, or null for all")
         require(self.global_seed >= 0, "global_seed", self.global_seed, "0 or more")
@@ -220,9 +225,24 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """`log:`. metrics.jsonl and log.txt are always written."""
+    """`log:` of both kinds. metrics.jsonl, log.txt and report.html are always written."""
 
-    to: list[Literal["tensorboard"]] = field(default_factory=list)
+    to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LightningDiTLogConfig(LogConfig):
+    """`log:` of a LightningDiT config: what is looked at while it trains, at the last step too. None of it changes what is trained."""
+
+    valid_every: int = 1000  # steps from one held-out loss to the next, where data.valid_path is set
+    valid_num: int = 2048  # latents of data.valid_path it is the mean over, evenly spread; all where there are fewer
+    samples_every: int | None = None  # steps from one grid of samples (by the averaged weights, sample.*) to the next; null: none
+    samples_num: int = 16  # images of a grid
+
+    def __post_init__(self):
+        for key in ("valid_every", "valid_num", "samples_every", "samples_num"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -236,7 +256,7 @@ class LightningDiTConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    log: LightningDiTLogConfig = field(default_factory=LightningDiTLogConfig)
     ckpt_path: str | None = None
 
     def __post_init__(self):

@@ -222,6 +222,7 @@ def test_a_model_without_null_class_trains(tiny, out):
     ("transport.lognorm_until=2",), ("transport.path_type=GVP",),
     ("transport.path_type=VP", "transport.prediction=noise", "transport.use_cosine_loss=false"),
     ("data.latent_norm=false", "data.latent_multiplier=0.18215"), ("model.use_qknorm=true", "model.use_checkpoint=true"),
+    ("train.precision=bf16", "train.residual_dtype=bf16", "model.use_checkpoint=selective", "train.attention=math"),
     ("model.learn_sigma=true", "transport.use_cosine_loss=false"), ("train.precision=bf16",),
     ("optimizer.warmup_steps=2", "optimizer.decay_fraction=0.5"),
     ("train.ema_warmup=true", "optimizer.weight_decay=0.1", "model.wo_shift=true"),
@@ -229,3 +230,13 @@ def test_a_model_without_null_class_trains(tiny, out):
 def test_every_kind_of_run_runs(tiny, out, more):
     done("train", *tiny.dit(out, "dit", "train.max_steps=3", *more))
     assert all(m["loss"] is not None and m["skipped"] == 0 for m in metrics(out / "dit"))
+
+
+def test_a_bf16_stream_needs_bf16_products(tiny, out, capsys):
+    assert main(["train", *tiny.dit(out, "narrow", "train.residual_dtype=bf16")]) == 2
+    assert capsys.readouterr().err == "error: train.residual_dtype: must be fp32 on a CPU, unless train.precision=bf16, got 'bf16'\n"
+    assert not (out / "narrow").exists()
+    assert main(["train", *tiny.dit(out, "narrow", "train.residual_dtype=bf16", "train.precision=fp32")]) == 2
+    assert "residual_dtype: must be fp32 with precision fp32" in capsys.readouterr().err
+    assert main(["train", *tiny.dit(out, "narrow", "train.attention=flush")]) == 2
+    assert "unknown backend 'flush'; known: auto, sdpa" in capsys.readouterr().err

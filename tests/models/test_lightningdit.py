@@ -156,14 +156,24 @@ def test_the_fused_backend_needs_the_fused_form():
         tiny(attention="fused")
 
 
+@pytest.mark.parametrize("mode", [True, "selective"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_checkpointing_changes_no_gradient(fused):
-    model = tiny(**FORMS["qknorm"], fused=fused)
+def test_checkpointing_changes_no_gradient(fused, mode):
+    model, checkpointing = (tiny(**FORMS["qknorm"], fused=fused, use_checkpoint=m) for m in (False, mode))
     inputs = batch(model)
-    expected = {name: grad.clone() for name, grad in gradients(model, *inputs).items()}
-    model.use_checkpoint = True
-    for name, grad in gradients(model, *inputs).items():
+    expected = gradients(model, *inputs)
+    for name, grad in gradients(checkpointing, *inputs).items():
         torch.testing.assert_close(grad, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bf16_residual_stream_stays_bf16_and_near_the_fp32_one(fused):
+    model, narrow = tiny(**FORMS["lightning"], fused=fused), tiny(**FORMS["lightning"], fused=fused, residual_dtype=torch.bfloat16)
+    seen = []
+    narrow.blocks[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(narrow(*batch(model)), model(*batch(model))) < 3e-2
+    assert seen == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

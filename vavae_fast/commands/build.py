@@ -23,10 +23,10 @@ from vavae_fast.models.perceptual import LPIPS
 from vavae_fast.models.standins import load_standin
 from vavae_fast.models.weights import autoencoder_state, load_autoencoder, load_strict, read_state_dict
 from vavae_fast.schema import TransportConfig
-from vavae_fast.training.checkpoint import latest_checkpoint, load_checkpoint
+from vavae_fast.training.checkpoint import group_digest, latest_checkpoint, load_checkpoint
 
 
-def lightningdit(config: LightningDiTConfig) -> LightningDiT:
+def lightningdit(config: LightningDiTConfig, residual_dtype: torch.dtype | None = None) -> LightningDiT:
     """The model of a LightningDiT config, initialised as the reference's, on the current default device."""
     c = config.model
     custom = {k: getattr(c, k) for k in ("hidden_size", "depth", "num_heads", "patch_size")} if c.model_type == "custom" else {}
@@ -35,7 +35,7 @@ def lightningdit(config: LightningDiTConfig) -> LightningDiT:
             c.model_type, input_size=config.latent_size, in_channels=c.in_chans, num_classes=config.data.num_classes,
             use_qknorm=c.use_qknorm, use_swiglu=c.use_swiglu, use_rope=c.use_rope, use_rmsnorm=c.use_rmsnorm, wo_shift=c.wo_shift,
             learn_sigma=c.learn_sigma, class_dropout_prob=c.class_dropout_prob, use_checkpoint=c.use_checkpoint,
-            fused=config.train.fused, attention=config.train.attention, **custom,
+            fused=config.train.fused, attention=config.train.attention, residual_dtype=residual_dtype, **custom,
         )  # fmt: skip
     except ValueError as error:
         raise BadInput(f"model: {error}") from None
@@ -55,9 +55,21 @@ def transport(config: TransportConfig, fused: bool, use_lognorm: bool | None = N
     )  # fmt: skip
 
 
+def residual_dtype(config: LightningDiTConfig) -> torch.dtype | None:
+    """Of the stream between blocks in training; sampling runs as the reference's does, without autocast."""
+    return torch.bfloat16 if config.train.residual_dtype == "bf16" else None
+
+
 def bf16(precision: str, device: torch.device) -> bool:
     """Whether matrix products run in bfloat16: `auto` does on a GPU."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def compiled_regions(setting: str, device: torch.device) -> str:
+    """What is compiled: `auto` is the blocks on a GPU."""
+    if setting == "auto":
+        return "blocks" if device.type == "cuda" else "none"
+    return setting
 
 
 def autoencoder(config: TokenizerConfig) -> AutoencoderKL:
@@ -136,7 +148,7 @@ def dit_weights(path: Path, which: str = "ema") -> tuple[dict[str, Tensor], dict
     if path.is_dir():
         folder = checkpoint_folder(path)
         groups, manifest = load_checkpoint(folder, which)
-        return groups[which], {"path": str(folder), "step": manifest["step"], "sha256": manifest["files"][f"{which}.safetensors"]["sha256"]}
+        return dict(groups[which]), {"path": str(folder), "step": manifest["step"], "sha256": group_digest(manifest, which)}
     return read_state_dict(path, prefer=which), {"path": str(path), "sha256": artifacts.sha256(path)}
 
 

@@ -62,11 +62,15 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.data.data_path or "path/to/" in config.data.data_path)
     path = None if placeholder else given_path(config.data.data_path, "data.data_path", "the folder of latents that vavae-fast extract wrote")
+    import torch
+
     from vavae_fast.commands import build
 
     latents, model = _latents(config, path), _on_meta(config)
     build.transport(config.transport, config.train.fused)
     if not args.dry_run:
+        narrow = config.train.residual_dtype == "bf16" and not build.bf16(config.train.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        require(not narrow, "train.residual_dtype", "bf16", "fp32 on a CPU, unless train.precision=bf16")
         artifacts.require_space(folder, 16 * sum(p.numel() for p in model.parameters()))
     if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
@@ -116,7 +120,7 @@ def _on_meta(config: LightningDiTConfig) -> Any:
     from vavae_fast.commands import build
 
     with torch.device("meta"):
-        return build.lightningdit(config)
+        return build.lightningdit(config, build.residual_dtype(config))
 
 
 def _start_weights(config: LightningDiTConfig, model: Any) -> str:
@@ -143,13 +147,14 @@ def _run(plan: TrainPlan, world) -> Path:
     from vavae_fast.training.dit import dit_step
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
+    from vavae_fast.training.saver import Retention
 
     config = plan.config
     c = config.train
     log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
     state = _state(plan, world, log)
     parameters = parameter_count(state.model)
-    start = resume(state, plan.folder / "checkpoints", log)
+    start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
     facts = dict(stage="LightningDiT", seed=c.global_seed, data=_data_identity(plan.latents), parameters=parameters)
     if world.main:
@@ -158,7 +163,7 @@ def _run(plan: TrainPlan, world) -> Path:
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
     stream = LatentStream(plan.latents, c.global_seed, share, config.data.latent_norm, config.data.latent_multiplier, config.data.flip, world.device)
-    settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, c.keep_last, facts)
+    settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every), facts)
     return run_steps(state, dit_step, stream, plan.accumulation, settings, world, log, start)
 
 
@@ -166,26 +171,31 @@ def _state(plan: TrainPlan, world, log):
     import torch
 
     from vavae_fast.commands import build
+    from vavae_fast.models.compilation import compile_forward
     from vavae_fast.training.dit import DiTState
     from vavae_fast.training.guard import Guard
     from vavae_fast.training.optimizer import trainable
+    from vavae_fast.training.parallel import shard
     from vavae_kernels import AdamWEMA
 
     config = plan.config
     torch.manual_seed(config.train.global_seed)
-    model = build.lightningdit(config)
+    model = build.lightningdit(config, build.residual_dtype(config))
     if config.train.weight_init and not plan.resumes:
         log.say(f"starts from the weights of {_start_weights(config, model)}")
     model.to(world.device).train()
+    compile_forward(model, build.compiled_regions(config.train.compile, world.device))
     o, t = config.optimizer, config.transport
     adam = dict(lr=o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, impl="auto" if config.train.fused else "torch")
+    bf16 = build.bf16(config.train.precision, world.device)
+    shard(model, world, config.train.shard, bf16)
     optimizer = AdamWEMA(trainable(model).items(), ema_decay=config.train.ema_decay, **adam)
     late = build.transport(t, config.train.fused, use_lognorm=False) if t.lognorm_until else None
     return DiTState(
         model=model, optimizer=optimizer, ema_decay=config.train.ema_decay, ema_warmup=config.train.ema_warmup,
         transport=build.transport(t, config.train.fused), guard=Guard(world.device, config.train.max_skipped), world=world,
         seed=config.train.global_seed, settings=o, max_steps=config.train.max_steps,
-        bf16=build.bf16(config.train.precision, world.device), transport_late=late, late_from=t.lognorm_until or 0,
+        bf16=bf16, transport_late=late, late_from=t.lognorm_until or 0,
     )  # fmt: skip
 
 

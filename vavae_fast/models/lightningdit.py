@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vavae_fast.errors import BadInput, is_integer, is_number, require
+from vavae_fast.models.activation_checkpointing import Checkpointing, checkpointed
 from vavae_fast.models.lightningdit_layers import (
     Attention,
     FusedAttention,
@@ -57,9 +57,10 @@ def create_lightningdit(
     wo_shift: bool = False,
     learn_sigma: bool = False,
     class_dropout_prob: float = 0.1,
-    use_checkpoint: bool = False,
+    use_checkpoint: Checkpointing = False,
     fused: bool = False,
     attention: str = "auto",
+    residual_dtype: torch.dtype | None = None,
     mlp_ratio: float = 4.0,
     hidden_size: int | None = None,
     depth: int | None = None,
@@ -95,6 +96,7 @@ def create_lightningdit(
         use_checkpoint=use_checkpoint,
         fused=fused,
         attention=attention,
+        residual_dtype=residual_dtype,
         **size,
     )
 
@@ -104,7 +106,9 @@ class LightningDiT(nn.Module):
 
     input_size is the height and width of the latent, num_classes the number of labels (label num_classes is the null
     class when class_dropout_prob > 0). use_checkpoint recomputes each block in backward instead of keeping its
-    activations. learn_sigma predicts twice the channels, as DiT does, and returns the first half. attention is a backend's
+    activations, see `activation_checkpointing`. residual_dtype is that of the stream between blocks; None leaves it to the
+    inputs: fp32 under autocast, as in the reference.
+    learn_sigma predicts twice the channels, as DiT does, and returns the first half. attention is a backend's
     name, see `vavae_kernels.attention_backends`; "fused" works on packed qkv and needs fused=True.
     """
 
@@ -125,9 +129,10 @@ class LightningDiT(nn.Module):
         use_rope: bool = False,
         use_rmsnorm: bool = False,
         wo_shift: bool = False,
-        use_checkpoint: bool = False,
+        use_checkpoint: Checkpointing = False,
         fused: bool = False,
         attention: str = "auto",
+        residual_dtype: torch.dtype | None = None,
     ):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -144,6 +149,7 @@ class LightningDiT(nn.Module):
         require(hidden_size % 4 == 0, "hidden_size", hidden_size, "a multiple of 4 (sine and cosine of two axes)")
         head_dim = hidden_size // num_heads
         require(not use_rope or head_dim % 4 == 0, "hidden_size / num_heads", head_dim, "a multiple of 4 (pairs on two axes)")
+        require(use_checkpoint in (False, True, "selective"), "use_checkpoint", use_checkpoint, "true, false or selective")
         check_backend("LightningDiT", attention)
         require(fused or attention != "fused", "attention", attention, "another backend: this one needs fused=True")
 
@@ -151,7 +157,7 @@ class LightningDiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
-        self.use_rope, self.use_rmsnorm, self.use_checkpoint, self.fused = use_rope, use_rmsnorm, use_checkpoint, fused
+        self.use_rope, self.use_rmsnorm, self.fused, self.residual_dtype = use_rope, use_rmsnorm, fused, residual_dtype
         grid = input_size // patch_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -160,9 +166,8 @@ class LightningDiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, hidden_size), requires_grad=False)
         self.feat_rope = RotaryEmbedding2D(head_dim, grid) if use_rope else None
         block = FusedLightningDiTBlock if fused else LightningDiTBlock
-        self.blocks = nn.ModuleList(
-            block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, attention) for _ in range(depth)
-        )
+        options = (use_qknorm, use_swiglu, use_rmsnorm, wo_shift, use_checkpoint, attention)
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio, *options) for _ in range(depth))
         final_layer = FusedFinalLayer if fused else FinalLayer
         self.final_layer = final_layer(hidden_size, patch_size, self.out_channels, use_rmsnorm)
         self.initialize_weights()
@@ -193,12 +198,14 @@ class LightningDiT(nn.Module):
         """
         self._check(x, t, y, drop_labels)
         x = self.x_embedder(x) + self.pos_embed  # fp32 positions: under autocast the residual stream is fp32
+        if self.residual_dtype is not None:
+            x = x.to(self.residual_dtype)
         c = self.t_embedder(t) + self.y_embedder(y, drop_labels)  # (N, D)
         if self.fused:
             x = self._fused_blocks(x, c)
         else:
             for block in self.blocks:
-                x = self._run(block, x, c, self.feat_rope)
+                x = block(x, c, self.feat_rope)
             x = self.final_layer(x, c)
         x = self.unpatchify(x)
         return x.chunk(2, dim=1)[0] if self.learn_sigma else x
@@ -207,13 +214,8 @@ class LightningDiT(nn.Module):
         """A block's last gate and addition wait for the norm of the next, so the chain carries (residual, y, gate)."""
         y = gate = None
         for block in self.blocks:
-            x, y, gate = self._run(block, x, y, gate, c, self.feat_rope)
+            x, y, gate = block(x, y, gate, c, self.feat_rope)
         return self.final_layer(x, y, gate, c)
-
-    def _run(self, block: nn.Module, *inputs):
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor, drop_labels: Tensor | None) -> None:
         for name, tensor in dict(x=x, t=t, y=y).items():
@@ -286,6 +288,7 @@ class LightningDiTBlock(nn.Module):
         use_swiglu: bool,
         use_rmsnorm: bool,
         wo_shift: bool,
+        use_checkpoint: Checkpointing = False,
         backend: str = "auto",
     ):
         super().__init__()
@@ -296,7 +299,7 @@ class LightningDiTBlock(nn.Module):
         self.attn = attention(hidden_size, num_heads, use_qknorm, use_rmsnorm, backend)
         self.mlp = swiglu_ffn(hidden_size, int(2 / 3 * mlp_hidden)) if use_swiglu else Mlp(hidden_size, mlp_hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
-        self.wo_shift = wo_shift
+        self.wo_shift, self.use_checkpoint = wo_shift, use_checkpoint
 
     def _parts(self) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
         return Attention, SwiGLUFFN
@@ -309,7 +312,11 @@ class LightningDiTBlock(nn.Module):
             return None, scale_msa, gate_msa, None, scale_mlp, gate_mlp
         return chunks.chunk(6, dim=1)
 
-    def forward(self, x: Tensor, c: Tensor, feat_rope: nn.Module | None = None) -> Tensor:
+    def forward(self, *inputs):
+        """`transform` of the same inputs. Checkpointing lies inside, where a compiler and FSDP's hooks want it."""
+        return checkpointed(self.transform, self.use_checkpoint, *inputs)
+
+    def transform(self, x: Tensor, c: Tensor, feat_rope: nn.Module | None = None) -> Tensor:
         """x (N, T, D), c (N, D) -> (N, T, D)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope=feat_rope)
@@ -322,7 +329,7 @@ class FusedLightningDiTBlock(LightningDiTBlock):
     def _parts(self) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
         return FusedAttention, FusedSwiGLUFFN
 
-    def forward(
+    def transform(
         self, residual: Tensor, y: Tensor | None, gate: Tensor | None, c: Tensor, feat_rope: nn.Module | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """residual + gate · y is the block's input; y and gate are None before the first block. Returns the same three."""

@@ -3,14 +3,19 @@
 A config is a dict of LightningDiT's arguments; nothing is allocated for a config or for a model.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vavae_fast.errors import require
+from vavae_fast.models.activation_checkpointing import Checkpointing, is_kept
 from vavae_fast.models.lightningdit import LightningDiT
+from vavae_kernels.testing.traffic import kernels_recorded
 
 
 def parameter_count(model_or_config: LightningDiT | dict) -> int:
@@ -31,25 +36,29 @@ def flops_per_image(model_or_config: LightningDiT | dict) -> int:
     return counter.get_total_flops()
 
 
-def activation_bytes_per_image(model_or_config: LightningDiT | dict, precision: str = "bf16", checkpointing: bool = False) -> int:
+def activation_bytes_per_image(model_or_config: LightningDiT | dict, precision: str = "bf16", checkpointing: Checkpointing = False) -> int:
     """Bytes that a training step keeps for backward, per image: what --dry-run multiplies by the micro-batch.
 
-    Counted, not modelled: the tensors that autograd saves in a forward pass on fake tensors, for one and two images and
-    one and two blocks; the differences leave out what does not grow with the batch. precision "bf16" (autocast) or "fp32".
-    With checkpointing, each block keeps its input and one block at a time its activations. Attention is counted as on a
-    CPU, which saves what a flash kernel saves.
+    Counted, not modelled: the tensors that autograd and selective checkpointing keep in a forward pass on fake tensors, for
+    one and two images and one and two blocks; the differences leave out what does not grow with the batch. precision "bf16"
+    (autocast) or "fp32". With checkpointing, one block at a time has all of its activations. Attention is counted as on a CPU,
+    which saves what a flash kernel saves.
     """
     require(precision in ("bf16", "fp32"), "precision", precision, "bf16 or fp32")
-    one, two = (_saved_bytes(model_or_config, depth, 2, precision) - _saved_bytes(model_or_config, depth, 1, precision) for depth in (1, 2))
-    block = two - one
-    outside = one - block
     with torch.device("meta"):
-        model = _build(model_or_config)
-    if not checkpointing:
-        return outside + model.depth * block
-    fp32, narrow = 4, 2 if precision == "bf16" else 4
-    block_input = model.pos_embed.numel() * (fp32 + narrow if model.fused else fp32)  # the residual; the fused chain carries y beside it
-    return outside + model.depth * block_input + block
+        depth = _build(model_or_config).depth
+    outside, block = _saved_per_image(model_or_config, precision, checkpointing)
+    recomputed = _saved_per_image(model_or_config, precision, False)[1] - block if checkpointing else 0
+    return outside + depth * block + recomputed
+
+
+def _saved_per_image(model_or_config: LightningDiT | dict, precision: str, checkpointing: Checkpointing) -> tuple[int, int]:
+    """Bytes kept outside of the blocks, and in one block."""
+    one, two = (
+        _saved_bytes(model_or_config, depth, 2, precision, checkpointing) - _saved_bytes(model_or_config, depth, 1, precision, checkpointing)
+        for depth in (1, 2)
+    )
+    return 2 * one - two, two - one
 
 
 def _build(model_or_config: LightningDiT | dict, **changes) -> LightningDiT:
@@ -63,19 +72,35 @@ def _inputs(model: LightningDiT, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(batch, model.in_channels, side, side), torch.empty(batch), torch.zeros(batch, dtype=torch.long)
 
 
-def _saved_bytes(model_or_config: LightningDiT | dict, depth: int, batch: int, precision: str) -> int:
-    """Bytes of the distinct storages that autograd keeps after a forward pass, weights included."""
-    kept = {}
+class _Kept(TorchDispatchMode):
+    """The distinct storages that autograd saves, and those that selective checkpointing keeps."""
 
-    def pack(tensor: Tensor) -> Tensor:
+    def __init__(self, selective: bool):
+        super().__init__()
+        self.selective, self.storages = selective, {}
+
+    def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        self.storages[storage._cdata] = storage
         return tensor
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.selective and is_kept(func):
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.add(tensor)
+        return out
+
+
+def _saved_bytes(model_or_config: LightningDiT | dict, depth: int, batch: int, precision: str, checkpointing: Checkpointing) -> int:
+    """Bytes kept after a forward pass, weights included."""
     with FakeTensorMode():
-        model = _build(model_or_config, depth=depth, use_checkpoint=False)
-        with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        model = _build(model_or_config, depth=depth, use_checkpoint=checkpointing)
+        kept = _Kept(checkpointing == "selective")
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with saved_tensors_hooks(kept.add, lambda tensor: tensor), kernels_recorded(), autocast, kept:
             out = model(*_inputs(model, batch))
-        total = sum(storage.nbytes() for storage in kept.values())
+        total = sum(storage.nbytes() for storage in kept.storages.values())
         del out
     return total

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._compat import TRITON_VERSION
 from .._launch import Launch, watched
-from .._registry import LAUNCHERS, NAMESPACE
+from .._registry import LAUNCHERS, NAMESPACE, auto_means
 from .numerics import outputs
 from .spec import DTYPES, Spec
 
@@ -63,6 +64,16 @@ def counted() -> Iterator[Traffic]:
     traffic = Traffic()
     with FakeTensorMode(allow_non_fake_inputs=True), watched(traffic._launched, run=False), traffic:
         yield traffic
+
+
+@contextmanager
+def kernels_recorded() -> Iterator[None]:
+    """Operators left at "auto" take their kernels, whose launches are recorded instead of run: for whole models of fake tensors.
+
+    Without Triton they take their references, as they would in earnest.
+    """
+    with auto_means("triton" if TRITON_VERSION is not None else "auto"), watched(lambda launch: None, run=False):
+        yield
 
 
 def forward_and_backward(spec: Spec, shape: str, dtypes: str, variant: str) -> tuple[Traffic, Traffic]:
