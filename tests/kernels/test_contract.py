@@ -178,7 +178,11 @@ def embedded(tensor: Tensor) -> Tensor:
 
 def transposed(tensor: Tensor) -> Tensor:
     """The same values with the last two axes swapped in memory: the inner one is not dense."""
-    twin = tensor.detach().transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.ndim > 1 else tensor.detach().repeat_interleave(2)[::2]
+    twin = tensor.detach()
+    if tensor.ndim == 1:
+        twin = twin.repeat_interleave(2)[::2]
+    elif tensor.ndim > 1:
+        twin = twin.transpose(-1, -2).contiguous().transpose(-1, -2)
     return twin.requires_grad_(tensor.requires_grad)
 
 
@@ -283,8 +287,6 @@ def compiled_offline(name: str, cases: str) -> list[dict]:
 @each_spec
 def test_compiles_for_every_gpu_without_spills(spec):
     """The published model's kernels for sm_80, sm_90, sm_100 and sm_120: registers within the spec, no stack, no spills."""
-    if spec.name == "vf_loss":
-        pytest.xfail("vf_pairs spills on sm_80 and sm_120, vf_projection_gradients everywhere; off by default until they do not")
     rows = compiled_offline(spec.name, "first")
     assert {row["target"] for row in rows} == {80, 90, 100, 120}
     for row in rows:

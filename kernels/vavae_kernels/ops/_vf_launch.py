@@ -98,7 +98,7 @@ def _tokens(
 def _tokens_direct(z: Tensor, features: Tensor, norms: Tensor, cos_margin: float, dy: Tensor | None) -> Tensor:
     """Writes norms 1 / ‖z‖ and 1 / ‖f‖ (2, B, N), and dy -> terms of mcos."""
     B, C, N = z.shape
-    config = choose("vf_tokens_direct", (C, z.dtype, features.dtype), Config((16, 128), 4, 2), z.device)
+    config = choose("vf_tokens_direct", (C, z.dtype, features.dtype), Config((16, 64), 4, 2), z.device)
     I, K = config.tile
     terms = _fp32(z, (B * cdiv(N, I),))
     launch(
@@ -112,12 +112,13 @@ def _pairs(y: Tensor, features: Tensor, norms: Tensor, distmat_margin: float, dy
     """y (B, N, C); writes dy -> terms of mdms."""
     B, N, C = y.shape
     F = features.shape[1]
-    config = choose("vf_pairs", (C, F, y.dtype, features.dtype), Config((64, 64, 64), 8, 3), y.device)
+    wide = dict(Y_WIDE=_is_wide(y), F_WIDE=_is_wide(features))
+    default = Config((64, 64, 64), 8, 3) if C <= MAX_LATENT and not wide["F_WIDE"] else Config((64, 32, 32), 8, 2)
+    config = choose("vf_pairs", (C, F, y.dtype, features.dtype), default, y.device)
     I, J, K = config.tile
     I, J = min(I, _padded(N)), min(J, _padded(N))
     P = min(_padded(C), CHANNELS)
     terms = _fp32(y, (B * cdiv(N, I),))
-    wide = {name: _compat.INTERPRETED or x.dtype == torch.float32 for name, x in dict(Y_WIDE=y, F_WIDE=features).items()}
     launch(
         vf_pairs, (len(terms), _chunks(C) if dy is not None else 1), y, features, *norms, terms, dy, B, N, C, F, *y.stride(), *features.stride(),
         MARGIN=distmat_margin, NORM_EPS=NORMALIZE_EPS, **wide, P=P, I=I, J=J, K=K, L=max(16, min(K, P // 2)), STAGES=config.stages, config=config,
@@ -159,7 +160,7 @@ def _projection_shares(
     """-> shares of ∂W (splits, F, C)."""
     B, C, N = z.shape
     F, P = basis.shape
-    config = choose("vf_projection_backward", (C, F, z.dtype, features.dtype), Config((64, 64), 4, 3), z.device)
+    config = choose("vf_projection_backward", (C, F, z.dtype, features.dtype), Config((64, 32 if _is_wide(features) else 64), 4, 3), z.device)
     R, I = config.tile
     I = min(I, _padded(N))
     splits = min(power_of_two(processors(z.device) / cdiv(F, R)), power_of_two(B * cdiv(N, I)))
@@ -173,6 +174,11 @@ def _projection_shares(
 
 def _fp32(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether x is multiplied in halves; the interpreter has no bf16 products."""
+    return _compat.INTERPRETED or x.dtype == torch.float32
 
 
 def _padded(count: int) -> int:

@@ -6,13 +6,15 @@ With p_i = W z_i the projected latent of token i and f_i the frozen feature:
     mdms = mean_ij relu(|cos(p_i, p_j) - cos(f_i, f_j)| - m_d)      over all N x N pairs
 
 Without a projection p = z. Norms are clamped from below, at 1e-12 in mdms and 1e-8 in mcos, as torch's normalize and
-cosine_similarity do: a zero token stays finite. A kernel may take p_i · p_j from z_iᵀ (Wᵀ W) z_j, which squares the
-condition number of W, only where it passes the conditioning test of tests/kernels/test_vf_loss.py.
+cosine_similarity do: a zero token stays finite. The kernels never form p where C < F and C <= 64: `_vf_launch.py` says how.
 
 Shapes  z (B, C, H, W), projection (F, C) or None (then F = C), features (B, F, H, W) -> mdms, mcos: two scalars, fp32
         (fp64 in, fp64 out), with separate gradients for z and projection. features are frozen: no gradient.
-Saved   z, p, f, their norms, the two similarities.  HBM bytes a sample at s bytes: N F s each for the features and p,
-        N C s for z.
+Dtypes  any mixture of fp32, bf16, fp16. Arithmetic fp32; the gradients are rounded once, to the dtypes of z and W.
+Saved   z, W, f, and in fp32 three tensors (B, N, C): W z in C coordinates and its gradient in each loss. The reference: z,
+        p, f, their norms and both similarities.
+HBM     bytes a sample, features at s and z at t a number: forward N (2 F s + C t + 16 C), backward N (F s + 2 C t + 20 C),
+        no backward pass over F without a gradient for W. No launch is timed on a GPU yet.
 """
 
 import torch
@@ -67,9 +69,8 @@ def vf_loss(
         check(features.shape[1] == channels, op, f"z has {channels} channels, features {features.shape[1]}: give a projection (F, C)")
     check_shape(op, "features", features, (batch, features.shape[1], height, width))
     check_shape(op, "projection", projection, (features.shape[1], channels))
-    check(z.numel() > 0, op, f"z is empty, shape {tuple(z.shape)}: a mean over no tokens is not a number")
+    check(batch * height * width > 0, op, f"z is empty, shape {tuple(z.shape)}: a mean over no tokens is not a number")
     check_no_grad(op, features=features)
-    # Only on request: some of its kernels still spill, and no GPU has timed them against the compiled reference.
-    if use_triton(op, impl, z, projection, features) and impl == "triton":
+    if use_triton(op, impl, z, projection, features):
         return vf_losses(z.flatten(2), projection, features.flatten(2), float(distmat_margin), float(cos_margin))
     return vf_loss_reference(z, projection, features, distmat_margin, cos_margin)

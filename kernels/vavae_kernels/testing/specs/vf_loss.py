@@ -41,7 +41,18 @@ def _clusters(centre: Tensor, spread: float, count: int) -> Tensor:
 
 
 def _bytes(shape: Shape, dtypes: Dtypes, variant: str) -> tuple[int, int]:
-    return 1, 1
+    """Forward: features, twice, and z -> y, read again, and two gradients of y. Backward: those, features, z -> dz and dW.
+
+    Every pass over the features counts, though those of the published batch, 17 MB, leave device memory once: L2 keeps them.
+    """
+    tokens = shape["B"] * shape["H"] * shape["W"]
+    features = tokens * shape["F"] * dtypes.other.itemsize
+    if variant == "no projection":
+        z, y = (tokens * shape["F"] * size for size in (dtypes.stream.itemsize, 4))
+        return 2 * features + 2 * z + 2 * y, 2 * y + z
+    z, y = (tokens * shape["C"] * size for size in (dtypes.stream.itemsize, 4))
+    weight = shape["F"] * shape["C"] * dtypes.stream.itemsize
+    return 2 * features + z + 4 * y + 2 * weight, features + 2 * z + 5 * y + weight
 
 
 SPEC = Spec(
@@ -55,10 +66,11 @@ SPEC = Spec(
         "two samples": dict(B=2, C=8, F=24, H=4, W=4),
         "odd": dict(B=3, C=5, F=37, H=3, W=7),
         "one token": dict(B=1, C=4, F=12, H=1, W=1),
-        "256 tokens": dict(B=1, C=16, F=40, H=16, W=16),
+        "several tiles": dict(B=1, C=17, F=72, H=5, W=13),
         "short features": dict(B=2, C=9, F=6, H=2, W=4),
+        "no features": dict(B=2, C=3, F=0, H=2, W=3),
     },
-    real={"f16d32": dict(B=32, C=32, F=1024, H=16, W=16), "512": dict(B=8, C=32, F=1024, H=32, W=32)},
+    real={"f16d32": dict(B=32, C=32, F=1024, H=16, W=16), "512": dict(B=16, C=32, F=1024, H=32, W=32)},
     bytes=_bytes,
     registers=255,
 )
