@@ -14,41 +14,50 @@ from vavae_kernels._compat import INTERPRETED
 HYPER = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
 DECAY = 0.9999
 KEY = "ops/adamw_ema/XL/1/step"
-BYTES_A_PARAMETER = 36  # p, g, m, v, ema read, p, m, v, ema written, in fp32
+BYTES_A_PARAMETER = 38  # p, g, m, v, ema read and p, m, v, ema written in fp32, and the bf16 copy
+
+Step = Callable[[], Any]
+Candidate = Callable[[list[Tensor], bool], Step]  # copy: whether a step also refreshes a bf16 copy of the weights
 
 
-def ours(parameters: list[Tensor]) -> Callable[[], Any]:
+def ours(parameters: list[Tensor], copy: bool = False) -> Step:
     """The compiled kernel or an error, never its substitute; the host build of it in a rehearsal."""
     compiled = parameters[0].is_cuda or INTERPRETED
-    return AdamWEMA(parameters, **HYPER, ema_decay=DECAY, impl="triton" if compiled else "auto").step
+    return AdamWEMA(parameters, **HYPER, ema_decay=DECAY, impl="triton" if compiled else "auto", bf16_copy=copy).step
 
 
-def fused_and_foreach(parameters: list[Tensor]) -> Callable[[], None]:
-    """torch.optim.AdamW(fused=True), then one _foreach_lerp_: two passes, few launches."""
+def fused_and_foreach(parameters: list[Tensor], copy: bool = False) -> Step:
+    """torch.optim.AdamW(fused=True), then one _foreach_lerp_ and one _foreach_copy_: few launches, each state read twice."""
     optimizer = torch.optim.AdamW(parameters, **HYPER, fused=True, capturable=parameters[0].is_cuda)
-    ema, weights = [p.detach().clone() for p in parameters], [p.detach() for p in parameters]
+    weights = [p.detach() for p in parameters]
+    ema, copies = [w.clone() for w in weights], [w.to(torch.bfloat16) for w in weights] if copy else []
 
     def step() -> None:
         optimizer.step()
         torch._foreach_lerp_(ema, weights, 1 - DECAY)
+        if copies:
+            torch._foreach_copy_(copies, weights)
 
     return step
 
 
-def foreach_and_loop(parameters: list[Tensor]) -> Callable[[], None]:
-    """The public loop: AdamW(foreach), and two small kernels for the EMA of each parameter."""
+def foreach_and_loop(parameters: list[Tensor], copy: bool = False) -> Step:
+    """The public loop: AdamW(foreach), two small kernels for the EMA of each parameter, and autocast's casts."""
     optimizer = torch.optim.AdamW(parameters, **HYPER, foreach=True)
-    ema = [p.detach().clone() for p in parameters]
+    weights = [p.detach() for p in parameters]
+    ema = [w.clone() for w in weights]
 
     def step() -> None:
         optimizer.step()
-        for average, p in zip(ema, parameters):
-            average.mul_(DECAY).add_(p.detach(), alpha=1 - DECAY)
+        for average, w in zip(ema, weights):
+            average.mul_(DECAY).add_(w, alpha=1 - DECAY)
+        for w in weights if copy else ():
+            w.to(torch.bfloat16)
 
     return step
 
 
-CANDIDATES: Mapping[str, Callable[[list[Tensor]], Callable[[], Any]]] = {
+CANDIDATES: Mapping[str, Candidate] = {
     "ours": ours, "fused AdamW, foreach EMA": fused_and_foreach, "foreach AdamW, EMA loop": foreach_and_loop,
 }  # fmt: skip
 
@@ -72,11 +81,11 @@ def error(device: torch.device, steps: int = 5) -> float:
     """Error of ours after some steps against fp64 over what the numerics rule allows: 1 or less is right."""
     start = draw(parameter_shapes(None), device)
 
-    def after(make: Callable[[list[Tensor]], Callable[[], Any]], dtype: torch.dtype, where: torch.device) -> list[Tensor]:
+    def after(make: Candidate, dtype: torch.dtype, where: torch.device) -> list[Tensor]:
         parameters = [p.detach().to(where, dtype, copy=True).requires_grad_() for p in start]
         for p, q in zip(parameters, start):
             p.grad = q.grad.to(where, dtype)
-        step = make(parameters)
+        step = make(parameters, False)
         for _ in range(steps):
             step()
         return [p.detach().double().cpu() for p in parameters]
@@ -93,12 +102,12 @@ def error(device: torch.device, steps: int = 5) -> float:
 def measure(
     model: str | None, device: torch.device, rounds: int, seconds: float, ceilings: Mapping[str, float], last: Play = play
 ) -> dict[str, Any]:
-    """The row of one step over all parameters of `model`; AssertionError, and no time, where ours is not right."""
+    """The row of one step, bf16 copy included, over all parameters of `model`; AssertionError, and no time, where ours is not right."""
     found = error(device)
     if not found <= 1:
         raise AssertionError(f"adamw_ema: error {found:.3g} times what the rule allows")
     parameters = draw(parameter_shapes(model), device)  # shared: a step's time does not depend on their values
-    race = Race({name: [make(parameters)] for name, make in CANDIDATES.items()}, device, seconds, warm_up=min(seconds, 0.1), graph=False)
+    race = Race({name: [make(parameters, True)] for name, make in CANDIDATES.items()}, device, seconds, warm_up=min(seconds, 0.1), graph=False)
     last(race.round, rounds)
     timings = race.timings
     moved = BYTES_A_PARAMETER * sum(p.numel() for p in parameters)

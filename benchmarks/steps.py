@@ -11,8 +11,10 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +67,11 @@ def config(size: str, fused: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _imports_of(folder: Path):
-    """The public repository's imports inside. Its RMSNorm stands in a file of Llama code whose fairscale layers nobody uses: empty
-    modules stand for fairscale where it is missing."""
+def _imports_of(folder: Path, backend: str):
+    """The public repository's imports inside; its decorators compile as they are written, `backend` being the default.
+
+    Its RMSNorm stands in a file of Llama code whose fairscale layers nobody uses: empty modules stand for fairscale where it is missing.
+    """
     parallel = "fairscale.nn.model_parallel"
     names = ["fairscale", "fairscale.nn", parallel, f"{parallel}.initialize", f"{parallel}.layers"]
     made = [name for name in names if importlib.util.find_spec("fairscale") is None and name not in sys.modules]
@@ -78,19 +82,20 @@ def _imports_of(folder: Path):
             setattr(sys.modules[names[-1]], layer, nn.Linear)
     sys.path.insert(0, str(folder))
     try:
-        yield
+        with mock.patch("torch.compile", partial(torch.compile, backend=backend)):
+            yield
     finally:
         sys.path.remove(str(folder))
         for name in made:
             del sys.modules[name]
 
 
-def reference_class(folder: Path) -> type[nn.Module]:
+def reference_class(folder: Path, backend: str = "inductor") -> type[nn.Module]:
     """The LightningDiT class of a checkout of the public repository. ImportError names what it needs."""
     if not (folder / "models" / "lightningdit.py").is_file():
         raise ImportError(f"{folder} holds no models/lightningdit.py: VAVAE_REFERENCE is the folder of a LightningDiT checkout")
     import_timm()  # past a torchvision that does not fit
-    with _imports_of(folder):
+    with _imports_of(folder, backend):
         return importlib.import_module("models.lightningdit").LightningDiT
 
 
@@ -110,7 +115,7 @@ def in_the_way_of(arm: Arm, base: nn.Module, size: str, backend: str, reference:
     if arm.reference:
         if reference is None:
             raise ImportError("VAVAE_REFERENCE is not set")
-        public = reference_class(reference)
+        public = reference_class(reference, backend)
         build = lambda: public(use_qknorm=False, wo_shift=False, **{key: value for key, value in config(size).items() if key != "fused"})
     else:
         build = lambda: create_lightningdit("custom", **config(size, arm.fused))
