@@ -4,22 +4,34 @@ import ctypes
 import os
 import signal
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vavae_fast.errors import Interrupted
+
 _PR_SET_PDEATHSIG = 1
+
+# How long a process waits for the others before it gives up, and with it the run.
+START_TIMEOUT = timedelta(minutes=30)  # reading and verifying a checkpoint, compiling
+STEP_TIMEOUT = timedelta(minutes=10)  # from the first step on
+SAVE_TIMEOUT = timedelta(minutes=60)  # for the slowest disk, in the background
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` in [0, size), its `device`."""
+    """This process among all: `rank` in [0, size), its `device`; `local_size` processes share its node."""
 
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1
+    hosts: Any = field(default=None, repr=False)  # the process group between CPUs, beside NCCL's; None: the default group is one
 
     @property
     def main(self) -> bool:
@@ -37,21 +49,44 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any process has the flag set; all must call."""
+        """Whether any process has the flag set; all must call. Goes from CPU to CPU and does not wait for a GPU."""
         if self.size == 1:
             return flag
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        value = torch.tensor(float(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.hosts)
         return bool(value.item())
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's `value`, on every process; all must call."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.hosts)
+        return box[0]
+
+    def steps_begin(self) -> None:
+        """From here on a process that keeps the others waiting is a fault after STEP_TIMEOUT instead of START_TIMEOUT."""
+        if self.size > 1:
+            for group in {None, self.hosts}:
+                dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
 
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Leave the process group together. After an error nobody waits: the others stand in another collective, for ever."""
-        if kind is None and self.size > 1 and dist.is_initialized():
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Leave the process group together. After an error nobody waits: the others stand in another collective, for ever.
+
+        The error is recorded for torchrun, which then names this process and not one that fell with it.
+        """
+        if self.size == 1 or not dist.is_initialized():
+            return
+        if error is None or isinstance(error, Interrupted):
             dist.barrier()
             dist.destroy_process_group()
+            return
+        if isinstance(error, RuntimeError):  # perhaps a lost connection, another's fault: its record, dated in whole seconds, is to be the older
+            time.sleep(1.1)
+        _error_handler().record_exception(error)
 
 
 def die_with_parent() -> None:
@@ -62,14 +97,25 @@ def die_with_parent() -> None:
 
 def open_world() -> World:
     """Join the process group that the launcher prepared, or none. CUDA when there is one, else CPU."""
-    size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    variables = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    size, rank, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in variables)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    hosts = None
     if size > 1 and not dist.is_initialized():
         die_with_parent()
+        _error_handler().initialize()
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=START_TIMEOUT)
+            hosts = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
         else:
-            dist.init_process_group("gloo")
-    return World(rank, size, device)
+            dist.init_process_group("gloo", timeout=START_TIMEOUT)
+    return World(rank, size, device, local_size, hosts)
+
+
+def _error_handler() -> Any:
+    """What torch.distributed.elastic's `@record` uses: a fault's traceback, or the error, into the file that torchrun reads."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    return get_error_handler()

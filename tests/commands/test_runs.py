@@ -12,7 +12,7 @@ from tiny import copy
 from vavae_fast.commands.runs import check_run_folder, locked, start_run
 from vavae_fast.config import load_config, to_yaml
 from vavae_fast.errors import BadInput
-from vavae_fast.training.checkpoint import save_checkpoint
+from vavae_fast.training.saver import save_checkpoint
 
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
@@ -60,7 +60,7 @@ def run(tiny, tmp_path):
     """A run of the tiny config with a checkpoint, and that config."""
     config = load_config(tiny.root / "dit.yaml")
     start_run(tmp_path / "run", config, {})
-    save_checkpoint(tmp_path / "run" / "checkpoints", 1, {}, {})
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, [], {})
     return tmp_path / "run", config
 
 

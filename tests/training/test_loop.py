@@ -11,10 +11,11 @@ import torch
 from vavae_fast.distributed import World
 from vavae_fast.errors import BadInput
 from vavae_fast.training import loop
-from vavae_fast.training.checkpoint import save_checkpoint, step_folder
+from vavae_fast.training.checkpoint import step_folder
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import LoopSettings, Observer, StopSignal, resume, train
+from vavae_fast.training.saver import Retention, save_checkpoint, snapshot
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -46,11 +47,11 @@ def add(state, step, micro_batches):
 def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2, peak=None, **hooks):
     """As the commands do: resume, then train on 0, 1, 2, … two at a time."""
     state, log = Counter(), RunLog(folder, "run")
-    start = resume(state, folder / "checkpoints", log)
+    start = resume(state, folder / "checkpoints", ALONE, log)
     log.forget_after(start)
     numbers = count(start * accumulation)
     batches = iter(lambda: list(islice(numbers, accumulation)), [])
-    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, keep_last, {"stage": "test"}, peak)
+    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, Retention(keep_last), {"stage": "test"}, peak)
     done = train(state, step, batches, settings, ALONE, log, start, **hooks)
     log.close()
     return state, done
@@ -96,7 +97,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     assert done == 6 and state.steps == [] and saved(tmp_path) == [4, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_answered_by_a_checkpoint(tmp_path, capsys, number):
     def interrupted(state, step, micro_batches):
         if step == 6:
@@ -113,13 +114,13 @@ def test_a_signal_is_answered_by_a_checkpoint(tmp_path, capsys, number):
     assert torch.equal(state.weight, straight.weight) and state.steps[0] == 7
 
 
-def test_several_processes_stop_at_a_step_they_agree_on(monkeypatch):
-    """They ask each other every tenth step only: a collective in every step would make all wait for the slowest."""
-    world, asked = World(0, 2, torch.device("cpu")), []
-    monkeypatch.setattr(World, "any", lambda self, flag: (asked.append(flag), flag)[1])
-    agreed = [step for step in range(1, 31) if loop._agreed(step > 13, step, world)]
-    assert agreed == [20, 30] and asked == [False, True, True]
-    assert loop._agreed(True, 7, ALONE) and not loop._agreed(False, 7, ALONE)
+def test_several_processes_stop_at_the_step_they_agree_on(tmp_path, monkeypatch):
+    """The signal reached another process: this one stops at the same step, and says so."""
+    asked = []
+    monkeypatch.setattr(World, "any", lambda self, flag: (asked.append(flag), len(asked) == 6)[1])
+    state, done = run(tmp_path, 20)
+    assert done == 6 and asked == [False] * 6 and saved(tmp_path) == [4, 6]
+    assert "another process was stopped: saved step 6" in (tmp_path / "log.txt").read_text()
 
 
 def test_handlers_come_back_after_an_error():
@@ -156,7 +157,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
     """What a killed writer of another kind left: the run begins, and saves that step."""
-    save_checkpoint(tmp_path / "checkpoints", 4, {"model": {"weight": torch.ones(())}}, {})
+    save_checkpoint(tmp_path / "checkpoints", 4, snapshot({"model": {"weight": torch.ones(())}}), {})
     (step_folder(tmp_path / "checkpoints", 4) / "manifest.json").unlink()
     state, _ = run(tmp_path, 5)
     assert state.steps == list(range(5)) and saved_whole(tmp_path) == [4, 5]
@@ -252,10 +253,11 @@ def test_without_a_known_peak_no_utilisation_is_logged(tmp_path):
     assert "mfu" not in logged(tmp_path)[0]
 
 
-def test_what_follows_a_save_finds_the_values_and_the_checkpoint(tmp_path):
+def test_what_follows_a_save_finds_the_values_and_at_the_end_the_checkpoint(tmp_path):
+    """Before the end the save itself goes on in the background."""
     seen = []
-    run(tmp_path, 9, log_every=4, after_save=lambda: seen.append((len(logged(tmp_path)), saved(tmp_path))))
-    assert seen == [(1, [4]), (2, [4, 8]), (3, [4, 8, 9])]
+    run(tmp_path, 9, log_every=4, after_save=lambda: seen.append((len(logged(tmp_path)), step_folder(tmp_path / "checkpoints", 9).exists())))
+    assert seen == [(1, False), (2, False), (3, True)]
 
 
 def test_means_over_processes_take_one_collective(monkeypatch):

@@ -34,14 +34,14 @@ def plan(config: None, args) -> ExportPlan:
         raise BadInput(f"{args.run}: no such run folder")
     artifacts.require_writable(args.out.parent)
     from vavae_fast.commands.build import checkpoint_folder
-    from vavae_fast.training.checkpoint import step_folder
+    from vavae_fast.training.checkpoint import holds, step_folder
 
     folder = checkpoint_folder(args.run) if args.step is None else step_folder(args.run / "checkpoints", args.step)
     if not folder.is_dir():
         steps = ", ".join(str(int(p.name[5:])) for p in sorted((args.run / "checkpoints").glob("step_????????")))
         raise BadInput(f"{args.run}: no checkpoint of step {args.step}; there are: {steps or 'none'}")
     artifacts.require_space(args.out.parent, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    weights = args.weights or ("ema" if (folder / "ema.safetensors").is_file() else "model")
+    weights = args.weights or ("ema" if holds(folder, "ema") else "model")
     return ExportPlan(folder, weights, args.out)
 
 
@@ -52,7 +52,7 @@ def run(plan: ExportPlan) -> Path:
     from vavae_fast.training.checkpoint import load_checkpoint, write_tensors
 
     groups, manifest = load_checkpoint(plan.checkpoint, plan.weights)
-    state = groups[plan.weights]
+    state = dict(groups[plan.weights])
     facts = dict(weights=plan.weights, step=str(manifest["step"]), stage=str(manifest.get("stage")))
     with artifacts.replacing(plan.out) as temporary:
         if plan.out.suffix == ".safetensors":

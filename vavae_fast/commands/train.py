@@ -148,6 +148,7 @@ def _run(plan: TrainPlan, world) -> Path:
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
     from vavae_fast.training.saver import Retention
+    from vavae_fast.training.saver import Retention
 
     config = plan.config
     c = config.train

@@ -58,6 +58,7 @@ class TokenizerPlan:
 def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     """Check everything. What needs no torch comes first."""
     require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")
+    require(config.train.shard == "none", "train.shard", config.train.shard, "none: a tokenizer's weights are not sharded")
     processes = args.world_size or world_size()
     micro, accumulated = accumulation(config.global_batch_size, config.train.micro_batch_size or config.data.params.batch_size, processes)
     folder = run_folder(config, args.config)
@@ -149,13 +150,14 @@ def _run(plan: TokenizerPlan, world) -> Path:
     from vavae_fast.data.streams import ImageStream, Share
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
+    from vavae_fast.training.saver import Retention
     from vavae_fast.training.tokenizer import tokenizer_step
 
     config = plan.config
     c = config.train
     log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
     state = _state(plan, world, log)
-    start = resume(state, plan.folder / "checkpoints", log)
+    start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
     facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), images=str(config.image_path),
                  image_size=config.image_size, foundation=config.model.params.use_vf)  # fmt: skip
@@ -166,7 +168,8 @@ def _run(plan: TokenizerPlan, world) -> Path:
     log.say(f"{model}, {len(plan.images):,} images, "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)
-    settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, c.keep_last, facts)
+    keep = Retention(c.keep_last, c.keep_every)
+    settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep, facts)
     return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start)
 
 

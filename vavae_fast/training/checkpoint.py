@@ -2,50 +2,36 @@
 
     checkpoints/step_00012000/{model,ema,optimizer,…}.safetensors, manifest.json
 
-Written under a temporary name, hashed, synced, renamed. The newest folder that verifies is the one to continue from.
-There is no random-number state to save: every draw is a function of (seed, step or sample index).
+A sharded run's processes write their rows each, `model.rank00of08.safetensors` and so on; `load_checkpoint` puts them together.
+Written by `saver.py`. The newest folder that verifies is the one to continue from. There is no random-number state to save: every
+draw is a function of (seed, step or sample index).
 """
 
+import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vavae_fast import artifacts
 from vavae_fast.errors import BadInput
+from vavae_fast.training.parallel import copy_whole
 
-Groups = dict[str, dict[str, Tensor]]
+Groups = Mapping[str, Mapping[str, Tensor]]  # file name -> named tensors
+
+ROWS = "rows"  # the key of a shard's metadata: JSON, tensor name -> [its first row here, all its rows]
+_SHARD = re.compile(r"(\w+)\.rank(\d+)of(\d+)\.safetensors")
 
 
 def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
-
-
-def save_checkpoint(folder: Path, step: int, groups: Groups, facts: dict[str, Any], keep_last: int | None = None) -> Path:
-    """Write `groups` (file name -> named tensors) as the checkpoint of `step`; afterwards keep the last `keep_last` whole ones.
-
-    A damaged folder of that step, which the run went back behind, is kept beside it as `*.damaged`; a whole one is `BadInput`.
-    """
-    size = sum(t.nbytes for tensors in groups.values() for t in tensors.values())
-    artifacts.require_space(folder, int(1.05 * size) + (1 << 20))
-    final = step_folder(folder, step)
-    _make_way(final)
-    with artifacts.replacing_folder(final) as temporary:
-        files = {}
-        for group, tensors in groups.items():
-            path = temporary / f"{group}.safetensors"
-            write_tensors(path, tensors)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": artifacts.sha256(path)}
-        artifacts.write_json(temporary / "manifest.json", artifacts.manifest("checkpoint", step=step, files=files, **facts))
-    if keep_last is not None:
-        whole = [path for path in checkpoints(folder) if checkpoint_fault(path, hashes=False) is None]
-        for old in whole[:-keep_last]:
-            shutil.rmtree(old)
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -53,17 +39,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_????????"))
 
 
-def _make_way(final: Path) -> None:
-    if not final.exists():
-        return
-    if checkpoint_fault(final) is None:
-        raise BadInput(f"{final}: is there already, and whole; a checkpoint is never written over")
-    aside = final.with_name(final.name + ".damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    final.rename(aside)
+def sweep(folder: Path) -> None:
+    """Remove what killed writers and removers left in a folder of checkpoints. Only the process that holds the run's lock may."""
+    for left in (*folder.glob("step_????????.tmp"), *folder.glob("step_????????.del")):
+        shutil.rmtree(left)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file that others may read; `BadInput` when the disk is full."""
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
@@ -88,19 +70,50 @@ def checkpoint_fault(path: Path, hashes: bool = True) -> str | None:
         return "incomplete (no manifest.json)"
     try:
         manifest = artifacts.read_json(path / "manifest.json")
-        if not isinstance(manifest["step"], int) or any(Path(name).name != name for name in manifest["files"]):
+        files = manifest["files"]
+        if not isinstance(manifest["step"], int) or any(Path(name).name != name for name in files) or not _shards_complete(files):
             return "manifest.json is damaged"
-        for name, facts in manifest["files"].items():
+        for name, facts in files.items():
             file = path / name
             if not file.is_file():
                 return f"lacks {name}"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}"
-            if hashes and artifacts.sha256(file) != facts["sha256"]:
-                return f"{name} is damaged (its hash is not the manifest's)"
+        if hashes:
+            with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+                for name, digest in zip(files, pool.map(lambda name: artifacts.sha256(path / name), files)):
+                    if digest != files[name]["sha256"]:
+                        return f"{name} is damaged (its hash is not the manifest's)"
     except (BadInput, KeyError, TypeError, AttributeError, ValueError):
         return "manifest.json is damaged"
     return None
+
+
+def _shards_complete(files: Mapping[str, Any]) -> bool:
+    """Whether each group is one whole file, or shards 0 to n - 1 of n."""
+    for names in _by_group(files).values():
+        numbers = [(int(m[2]), int(m[3])) for m in map(_SHARD.fullmatch, names) if m]
+        if len(names) > 1 and len(numbers) < len(names) or sorted(numbers) != [(i, len(numbers)) for i in range(len(numbers))]:
+            return False
+    return True
+
+
+def _by_group(files: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Group -> its files; a group's name ends at the first dot."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(files):
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return groups
+
+
+def holds(path: Path, group: str) -> bool:
+    """Whether a checkpoint folder has files of `group`."""
+    return any(path.glob(f"{group}.*safetensors"))
+
+
+def group_digest(manifest: dict[str, Any], group: str) -> str:
+    """What identifies the weights of a group: the sha256 of its file; of a sharded one those of all shards, joined."""
+    return "+".join(manifest["files"][name]["sha256"] for name in _by_group(manifest["files"])[group])
 
 
 def load_checkpoint(path: Path, *wanted: str, verify: bool = True) -> tuple[Groups, dict[str, Any]]:
@@ -109,13 +122,62 @@ def load_checkpoint(path: Path, *wanted: str, verify: bool = True) -> tuple[Grou
     if fault is not None:
         raise BadInput(f"{path}: {fault}; choose another checkpoint")
     manifest = artifacts.read_json(path / "manifest.json")
-    groups: Groups = {}
-    for name in wanted or [Path(file).stem for file in manifest["files"]]:
-        file = path / f"{name}.safetensors"
-        if file.name not in manifest["files"]:
-            raise BadInput(f"{path}: has no {name} weights; it holds {', '.join(Path(f).stem for f in manifest['files'])}")
+    files = _by_group(manifest["files"])
+    groups: dict[str, Mapping[str, Tensor]] = {}
+    for name in wanted or files:
+        if name not in files:
+            raise BadInput(f"{path}: has no {name} weights; it holds {', '.join(files)}")
         try:
-            groups[name] = load_file(file)
+            sharded = _SHARD.fullmatch(files[name][0])
+            groups[name] = _Merged([path / file for file in files[name]]) if sharded else load_file(path / files[name][0])
         except SafetensorError as error:
-            raise BadInput(f"{file}: not a readable safetensors file ({error}); choose another checkpoint") from None
+            raise BadInput(f"{path}: the {name} weights are not readable safetensors ({error}); choose another checkpoint") from None
     return groups, manifest
+
+
+class _Merged(Mapping[str, Tensor]):
+    """Tensors whose rows lie in several files, read and put together when they are asked for, one at a time."""
+
+    def __init__(self, shards: list[Path]):
+        self.folder = shards[0].parent
+        self.files = [safe_open(path, "pt") for path in shards]
+        self.pieces: dict[str, list[tuple[int, Any]]] = {}  # name -> (first row, file)
+        self.rows: dict[str, int] = {}
+        for path, file in zip(shards, self.files):
+            try:
+                rows = json.loads((file.metadata() or {})[ROWS])
+                for name in file.keys():
+                    first, self.rows[name] = rows.get(name, (0, -1))
+                    self.pieces.setdefault(name, []).append((first, file))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise BadInput(f"{path}: does not say which rows of its tensors it holds; choose another checkpoint") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [(first, file.get_tensor(name)) for first, file in sorted(self.pieces[name], key=lambda piece: piece[0])]
+        if self.rows[name] < 0:
+            return parts[0][1]
+        begins = [first for first, _ in parts] + [self.rows[name]]
+        if begins[0] != 0 or any(first + part.shape[0] != after for (first, part), after in zip(parts, begins[1:])):
+            raise BadInput(f"{self.folder}: rows of {name} are in none of its shards; choose another checkpoint")
+        return torch.cat([part for _, part in parts])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
+def load_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """targets = tensors, in place, sharded or not; `BadInput` names what is missing, unexpected or of another shape or dtype."""
+    missing, unexpected = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+    kept = "the architecture of a run cannot change: take the config back, or choose another train.exp_name"
+    for names, what in ((missing, "lacks"), (unexpected, "has, unlike the model,")):
+        if names:
+            raise BadInput(f"{source}: {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}; {kept}")
+    for name, target in targets.items():
+        value = tensors[name]
+        if value.shape != target.shape or value.dtype != target.dtype:
+            found, expected = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, target))
+            raise BadInput(f"{source}: {name} is {found}, the model's is {expected}; {kept}")
+        copy_whole(target, value)

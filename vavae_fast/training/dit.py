@@ -10,7 +10,7 @@ from vavae_fast.data.streams import LatentBatch
 from vavae_fast.distributed import World
 from vavae_fast.flow.transport import Transport
 from vavae_fast.schema import OptimizerConfig
-from vavae_fast.training.checkpoint import Groups
+from vavae_fast.training.checkpoint import Groups, load_tensors
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.optimizer import (
     gradient_norm,
@@ -21,7 +21,7 @@ from vavae_fast.training.optimizer import (
     set_learning_rate,
     trainable,
 )  # fmt: skip
-from vavae_fast.training.parallel import average_gradients
+from vavae_fast.training.parallel import average_gradients, reduce_gradients
 from vavae_kernels import AdamWEMA
 
 
@@ -59,9 +59,10 @@ class DiTState:
         }
 
     def load_groups(self, groups: Groups, source: str) -> None:
-        self.model.load_state_dict(groups["model"])
-        self.optimizer.load_ema_state_dict({name: groups["ema"][name] for name in trainable(self.model)})
-        load_optimizer_tensors(self.optimizer, trainable(self.model), groups["optimizer"], source)
+        named = trainable(self.model)
+        load_tensors(self.model.state_dict(), groups["model"], source)
+        load_optimizer_tensors(self.optimizer, named, groups["optimizer"], source)
+        load_optimizer_tensors(self.optimizer, named, {f"ema.{name}": groups["ema"][name] for name in named}, source)
         self.guard.skipped.copy_(groups["guard"]["skipped"])
         self.guard.in_a_row.copy_(groups["guard"]["in_a_row"])
 
@@ -74,7 +75,8 @@ def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> di
     set_learning_rate(state.optimizer, state.learning_rate(step))
     set_ema_decay(state.optimizer, state.ema_decay, step, state.ema_warmup)
     means: dict[str, Tensor] = {}
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, 1):
+        reduce_gradients(state.model, last=number == len(micro_batches))
         terms = flow_terms(state, step, batch)
         (terms["loss"] / len(micro_batches)).backward()
         for key, value in terms.items():

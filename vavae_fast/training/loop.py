@@ -1,8 +1,8 @@
 """The training loop, the same for both stages: step, log, save, stop, go on.
 
 A stage brings a state (what is trained and saved) and a step (what is done with a batch). The loop brings the rest:
-resume from the newest complete checkpoint, means since the last log line read with one host sync, checkpoints,
-SIGINT and SIGTERM answered by a checkpoint.
+resume from the newest complete checkpoint, means since the last log line read with one host sync, checkpoints saved in
+the background, SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) answered by a checkpoint.
 """
 
 import resource
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from vavae_fast.distributed import World
 from vavae_fast.errors import BadInput
-from vavae_fast.training.checkpoint import Groups, checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from vavae_fast.training.checkpoint import Groups, checkpoints, latest_checkpoint, load_checkpoint, sweep
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
-
-STOP_CHECK_STEPS = 10  # with several processes: how often they agree on a signal
+from vavae_fast.training.saver import Retention, Saver
 
 
 class State(Protocol):
@@ -48,7 +47,7 @@ class LoopSettings:
     global_batch: int
     log_every: int
     ckpt_every: int
-    keep_last: int | None
+    keep: Retention
     facts: dict[str, Any]  # into every checkpoint's manifest
     peak_images_per_second: float | None = None  # at which the model's own FLOPs would fill all devices; None: not known, no MFU
 
@@ -62,11 +61,13 @@ class Observer:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM, noticed and not yet answered; the old handlers come back on exit."""
+    """A signal to stop, noticed and not yet answered; the old handlers come back on exit."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __enter__(self) -> "StopSignal":
         self.name: str | None = None
-        self.old = {s: signal.signal(s, self._notice) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.old = {s: signal.signal(s, self._notice) for s in self.SIGNALS}
         return self
 
     def _notice(self, number: int, frame: Any) -> None:
@@ -77,20 +78,28 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def resume(state: State, folder: Path, log: RunLog) -> int:
+def resume(state: State, folder: Path, world: World, log: RunLog) -> int:
     """Load the newest complete checkpoint of a run into `state`; returns its step, 0 when the run has none.
 
-    `BadInput` when there are checkpoints and all are damaged: to begin again must be the user's choice.
+    The main process verifies, and sweeps away what a killed one left; all load the same. `BadInput` when there are checkpoints
+    and all are damaged: to begin again must be the user's choice.
     """
-    newest = latest_checkpoint(folder, log.say)
+    newest, damaged = world.from_main(_newest(folder, log) if world.main else None)
     if newest is None:
-        if held := [path for path in checkpoints(folder) if (path / "manifest.json").is_file()]:
-            raise BadInput(f"{folder}: none of its {len(held)} checkpoints is whole; bring one back, or remove the folder to begin again")
+        if damaged:
+            raise BadInput(f"{folder}: none of its {damaged} checkpoints is whole; bring one back, or remove the folder to begin again")
         return 0
     groups, manifest = load_checkpoint(newest, verify=False)
     state.load_groups(groups, str(newest))
     log.say(f"continues from {newest}")
     return manifest["step"]
+
+
+def _newest(folder: Path, log: RunLog) -> tuple[Path | None, int]:
+    """The newest checkpoint that verifies; without one, how many complete ones do not."""
+    sweep(folder)
+    newest = latest_checkpoint(folder, log.say)
+    return newest, 0 if newest else sum((path / "manifest.json").is_file() for path in checkpoints(folder))
 
 
 def train(
@@ -109,12 +118,14 @@ def train(
     A line is logged every `log_every` steps and where an observer looks; the time that observers take is no training time.
     """
     meter = _Meter(settings.global_batch, settings.peak_images_per_second)
-    saved = start
-    with StopSignal() as stop:
+    checkpoint_folder = settings.folder / "checkpoints"
+    with StopSignal() as stop, Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver:
         for done in range(start + 1, settings.max_steps + 1):
             with meter.waiting():
                 micro_batches = next(batches)
             meter.add(step(state, done - 1, micro_batches))
+            if done == start + 1:
+                world.steps_begin()
             last = done == settings.max_steps
             looking = [observer for observer in observers if done % observer.every == 0 or last]
             if done % settings.log_every == 0 or last or looking:
@@ -124,28 +135,18 @@ def train(
                 log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
                 state.guard.check(done)
                 meter.restart()
-            stopped = _agreed(stop.name is not None, done, world)
+            stopped = world.any(stop.name is not None)
+            saver.check()
             if done % settings.ckpt_every == 0 or last or stopped:
-                _save(state, settings, world, done)
-                saved = done
+                saver.save(done, state.groups())
+                if last or stopped:
+                    saver.finish()
                 after_save()
             if stopped:
-                where = settings.folder / "checkpoints"
-                log.say(f"{stop.name or 'another process was stopped'}: saved step {saved} in {where}; the same command continues from there")
+                who = stop.name or "another process was stopped"
+                log.say(f"{who}: saved step {done} in {checkpoint_folder}; the same command continues from there")
                 return done
     return settings.max_steps
-
-
-def _agreed(flag: bool, step: int, world: World) -> bool:
-    if world.size == 1:
-        return flag
-    return step % STOP_CHECK_STEPS == 0 and world.any(flag)
-
-
-def _save(state: State, settings: LoopSettings, world: World, step: int) -> None:
-    if world.main:
-        save_checkpoint(settings.folder / "checkpoints", step, state.groups(), settings.facts, settings.keep_last)
-    world.barrier()
 
 
 class _Meter:

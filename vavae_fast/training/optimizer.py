@@ -1,12 +1,14 @@
 """Schedules of learning rate and EMA, the gradient norm, and an optimizer's state as plain named tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from vavae_fast.errors import BadInput
+from vavae_fast.training.parallel import copy_whole, is_sharded, local_rows
 
 NamedParameters = dict[str, nn.Parameter]
 
@@ -39,8 +41,15 @@ def set_ema_decay(optimizer: torch.optim.Optimizer, decay: float, step: int, war
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The L2 norm of all gradients, a () tensor on the device."""
-    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """The L2 norm of all averaged gradients, of sharded parameters too: a () tensor on the device, the same on every process."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [g for g in gradients if is_sharded(g)]
+    whole = get_total_norm([g for g in gradients if not is_sharded(g)])
+    if not sharded:
+        return whole
+    squares = get_total_norm([local_rows(g) for g in sharded]).double().square()  # fp64: an fp32 norm's square may overflow
+    dist.all_reduce(squares, group=sharded[0].device_mesh.get_group("shard"))
+    return (squares + whole.double().square()).sqrt().float()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters) -> dict[str, Tensor]:
@@ -48,7 +57,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters) 
     return {f"{slot}.{name}": value for name, p in named.items() for slot, value in optimizer.state.get(p, {}).items() if slot != "ema"}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor], source: str) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: Mapping[str, Tensor], source: str) -> None:
     """Put back what `optimizer_tensors` gave; a name or shape that does not fit is `BadInput` naming it."""
     for key, value in tensors.items():
         slot, _, name = key.partition(".")
@@ -57,4 +66,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParamet
         parameter = named[name]
         if slot != "step" and value.shape != parameter.shape:
             raise BadInput(f"{source}: {key} has shape {tuple(value.shape)}, the parameter has {tuple(parameter.shape)}")
-        optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
+        if value.ndim:
+            optimizer.state[parameter][slot] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            copy_whole(optimizer.state[parameter][slot], value)
+        else:
+            optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)

@@ -1,21 +1,60 @@
-"""Data parallelism: the same weights on every process, gradients averaged once a step, after accumulation."""
+"""Data parallelism: whole weights on every process (`none`), or FSDP2: each weight's rows spread over processes (`full`, `hybrid`).
+
+Zhao et al. 2023 (FSDP). Spread are the weights and biases of linear layers and convolutions, nearly all that LightningDiT has. Autocast
+rounds exactly these to bf16 where they are used, so they travel in bf16 and the result is the same bits; master weights, the sums of
+gradients over micro-batches and processes, moments and EMA are fp32. Norm weights, embeddings and positions enter in fp32: they stay
+whole on every process, and their gradients are averaged as without FSDP.
+"""
 
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from vavae_fast.distributed import World
+from vavae_fast.errors import require
 
 BUCKET_BYTES = 256 << 20
 
 
+def shard(model: nn.Module, world: World, mode: str, bf16: bool) -> nn.Module:
+    """Spread the weights of `model` (its `blocks` one by one, then the rest), already on the world's device, in place.
+
+    mode: "none" leaves it as it is; "full" spreads over all processes, "hybrid" over those of a node, nodes being replicas.
+    bf16: linear layers compute in bf16 under autocast, so their weights are gathered in bf16. One process has nothing to spread.
+    """
+    if mode == "none" or world.size == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if mode == "full":
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    else:
+        require(world.size % world.local_size == 0, "train.shard", mode, f"full: {world.size} processes are not nodes of {world.local_size} each")
+        shape = (world.size // world.local_size, world.local_size)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+    spread = {p for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters(recurse=False)}
+    settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False), ignored_params=set(model.parameters()) - spread)
+    for block in model.blocks:
+        fully_shard(block, **settings)
+    return fully_shard(model, **settings)
+
+
+def reduce_gradients(model: nn.Module, last: bool) -> None:
+    """Whether the coming backward pass of a sharded model averages its gradients: only that of a step's last micro-batch has to."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Replace each gradient by its mean over all processes."""
+    """Replace each gradient by its mean over all processes; FSDP has averaged those of sharded parameters."""
     if world.size == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
     for bucket in _buckets(gradients):
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat)
@@ -33,3 +72,40 @@ def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
             bucket = []
     if bucket:
         yield bucket
+
+
+# -- the rows of a sharded tensor that lie here -----------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor; told without importing that module, which takes seconds."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this process holds, sharing their memory; a whole tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def shard_place(tensor: Tensor) -> tuple[int, int, int]:
+    """(shard, shards, replica) of this process among those that hold the sharded `tensor`."""
+    mesh = tensor.device_mesh
+    replica = mesh.get_local_rank("replicate") if "replicate" in mesh.mesh_dim_names else 0
+    return mesh.get_local_rank("shard"), mesh.size(mesh.mesh_dim_names.index("shard")), replica
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where the local rows of a sharded tensor begin in the whole one. FSDP cuts as torch.chunk does: equal parts, the last ones shorter."""
+    index, count, _ = shard_place(tensor)
+    rows = -(-tensor.shape[0] // count)
+    return min(index * rows, tensor.shape[0])
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """target = value, of which a sharded target takes its own rows."""
+    if is_sharded(target):
+        here, start = local_rows(target), first_row(target)
+        here.copy_(value[start : start + here.shape[0]])
+    else:
+        target.copy_(value)

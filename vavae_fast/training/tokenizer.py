@@ -12,7 +12,7 @@ from vavae_fast.distributed import World
 from vavae_fast.losses import Alignment, Judges, LastLayers, LossWeights, discriminator_objective, generator_objective
 from vavae_fast.models.autoencoder import AutoencoderKL
 from vavae_fast.pixels import to_unit
-from vavae_fast.training.checkpoint import Groups
+from vavae_fast.training.checkpoint import Groups, load_tensors
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.optimizer import (
     gradient_norm,
@@ -58,10 +58,13 @@ class TokenizerState:
         parts = [self.autoencoder] if self.projection is None else [self.autoencoder, ("linear_proj", self.projection)]
         return trainable(*parts)
 
-    def groups(self) -> Groups:
+    def _model(self) -> dict[str, Tensor]:
         projection = {} if self.projection is None else self.projection.state_dict(prefix="linear_proj.")
+        return self.autoencoder.state_dict() | projection
+
+    def groups(self) -> Groups:
         return {
-            "model": self.autoencoder.state_dict() | projection,
+            "model": self._model(),
             "discriminator": self.discriminator.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.trained()),
             "optimizer_disc": optimizer_tensors(self.optimizer_disc, trainable(self.discriminator)),
@@ -69,12 +72,8 @@ class TokenizerState:
         }
 
     def load_groups(self, groups: Groups, source: str) -> None:
-        model = groups["model"]
-        self.autoencoder.load_state_dict({k: v for k, v in model.items() if not k.startswith("linear_proj.")})
-        if self.projection is not None:
-            prefix = "linear_proj."
-            self.projection.load_state_dict({k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)})
-        self.discriminator.load_state_dict(groups["discriminator"])
+        load_tensors(self._model(), groups["model"], source)
+        load_tensors(self.discriminator.state_dict(), groups["discriminator"], source)
         load_optimizer_tensors(self.optimizer, self.trained(), groups["optimizer"], source)
         load_optimizer_tensors(self.optimizer_disc, trainable(self.discriminator), groups["optimizer_disc"], source)
         self.guard.skipped.copy_(groups["guard"]["skipped"])
