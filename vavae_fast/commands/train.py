@@ -7,7 +7,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
-from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_yaml, world_size
+from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data_path=latents/train --fused"
@@ -30,9 +30,10 @@ class TrainPlan:
     processes: int
     resumes: bool
     latents: Any  # None: still the template's placeholder, in a dry run
+    watch: Any  # what is looked at meanwhile, see watch.py
 
     def describe(self) -> str:
-        c, f = self.config, predict(self.config, self.micro_batch)
+        c, f = self.config, predict(self.config, self.micro_batch, self.accumulation)
         data = f"{len(self.latents):,} latents {self.latents.shape}" if self.latents is not None else f"not set: {c.data.data_path}"
         epochs = f" = {c.train.max_steps * c.train.global_batch_size / len(self.latents):.1f} epochs" if self.latents is not None else ""
         return (
@@ -44,6 +45,7 @@ class TrainPlan:
             f"steps      {c.train.max_steps:,}{epochs}, lr {c.optimizer.lr:g} (not scaled)\n"
             f"memory     about {artifacts.readable_bytes(f['memory'])} per GPU in {f['precision']}, predicted; less with train.micro_batch_size\n"
             f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
+            f"watched    {self.watch.describe(c)}\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
             "nothing was written"
         )
@@ -65,17 +67,20 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     import torch
 
     from vavae_fast.commands import build
+    from vavae_fast.commands.watch import plan_watch
 
     latents, model = _latents(config, path), _on_meta(config)
     build.transport(config.transport, config.train.fused)
+    watch = plan_watch(config, latents)
     if not args.dry_run:
-        narrow = config.train.residual_dtype == "bf16" and not build.bf16(config.train.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        narrow = config.train.residual_dtype == "bf16" and not build.bf16(config.train.precision, device)
         require(not narrow, "train.residual_dtype", "bf16", "fp32 on a CPU, unless train.precision=bf16")
         artifacts.require_space(folder, 16 * sum(p.numel() for p in model.parameters()))
     if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
         _start_weights(config, model)
-    return TrainPlan(config, folder, micro, accumulated, processes, resumes, latents)
+    return TrainPlan(config, folder, micro, accumulated, processes, resumes, latents, watch)
 
 
 def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
@@ -100,16 +105,15 @@ def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
     return latents
 
 
-def predict(config: LightningDiTConfig, micro: int) -> dict[str, Any]:
+def predict(config: LightningDiTConfig, micro: int, accumulated: int) -> dict[str, Any]:
     """Parameters, FLOPs an image (forward), bytes of memory and of a checkpoint, from the model on the meta device."""
-    from vavae_fast.models.lightningdit_cost import activation_bytes_per_image, flops_per_image, parameter_count
+    from vavae_fast.models.lightningdit_cost import flops_per_image, parameter_count, training_bytes
 
     model = _on_meta(config)
     parameters = parameter_count(model)
     precision = "fp32" if config.train.precision == "fp32" else "bf16"  # what auto is on a GPU
-    states = 20 * parameters  # fp32 weights, gradients, two moments, EMA
-    activations = micro * activation_bytes_per_image(model, precision, config.model.use_checkpoint)
-    bytes_of = dict(memory=states + activations, checkpoint_bytes=16 * parameters)
+    memory = training_bytes(model, micro, accumulated > 1, precision, config.model.use_checkpoint)
+    bytes_of = dict(memory=memory, checkpoint_bytes=16 * parameters)
     return dict(parameters=parameters, flops=flops_per_image(model), precision=precision, **bytes_of)
 
 
@@ -142,17 +146,17 @@ def run(plan: TrainPlan) -> Path:
 
 
 def _run(plan: TrainPlan, world) -> Path:
+    from vavae_fast.commands.watch import observers, peak_images_per_second
     from vavae_fast.data.streams import LatentStream, Share
     from vavae_fast.models.lightningdit_cost import parameter_count
     from vavae_fast.training.dit import dit_step
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
     from vavae_fast.training.saver import Retention
-    from vavae_fast.training.saver import Retention
 
     config = plan.config
     c = config.train
-    log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
+    log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to), to_mapping(config))
     state = _state(plan, world, log)
     parameters = parameter_count(state.model)
     start = resume(state, plan.folder / "checkpoints", world, log)
@@ -162,10 +166,13 @@ def _run(plan: TrainPlan, world) -> Path:
         start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
     log.say(f"{config.model.model_type}, {parameters / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
+    peak = peak_images_per_second(state.model, world, log)
     share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
     stream = LatentStream(plan.latents, c.global_seed, share, config.data.latent_norm, config.data.latent_multiplier, config.data.flip, world.device)
-    settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every), facts)
-    return run_steps(state, dit_step, stream, plan.accumulation, settings, world, log, start)
+    settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every),
+                            facts, peak)  # fmt: skip
+    looks = observers(config, plan.watch, plan.latents, state, plan.micro_batch, log)
+    return run_steps(state, dit_step, stream, plan.accumulation, settings, world, log, start, looks)
 
 
 def _state(plan: TrainPlan, world, log):

@@ -36,6 +36,31 @@ def flops_per_image(model_or_config: LightningDiT | dict) -> int:
     return counter.get_total_flops()
 
 
+def training_bytes(
+    model_or_config: LightningDiT | dict,
+    micro_batch: int,
+    accumulating: bool = False,
+    precision: str = "bf16",
+    checkpointing: Checkpointing = False,
+    shards: int = 1,
+) -> int:
+    """Bytes on a GPU at the fullest moment of a training step: what --dry-run prints, and PyTorch's peak without its unused reserve.
+
+    States are fp32: weights, two moments, average, each divided by `shards`. Gradients meet the activations at their fullest only
+    where micro-batches accumulate; otherwise they replace them block by block, down to the first. Autocast keeps a bf16 copy of every weight for
+    backward, with checkpointing of one block's. Gradients of activations take the place of what they were computed from.
+    """
+    parameters = parameter_count(model_or_config)
+    with torch.device("meta"):
+        depth = _build(model_or_config).depth
+    activations = micro_batch * activation_bytes_per_image(model_or_config, precision, checkpointing)
+    copies = 2 * parameters // (depth if checkpointing else 1) if precision == "bf16" else 0
+    states, gradients = 16 * parameters // shards, 4 * parameters // shards
+    last_block = micro_batch * _saved_per_image(model_or_config, precision, False)[1]
+    fullest = gradients + activations if accumulating else max(activations, gradients + last_block)
+    return states + copies + fullest
+
+
 def activation_bytes_per_image(model_or_config: LightningDiT | dict, precision: str = "bf16", checkpointing: Checkpointing = False) -> int:
     """Bytes that a training step keeps for backward, per image: what --dry-run multiplies by the micro-batch.
 
