@@ -54,6 +54,7 @@ class Launch:
 
 _watcher: Callable[[Launch], None] | None = None
 _dry = False
+_target = 90
 _chosen: dict[str, Config] = {}
 _asked: list[tuple[str, str]] | None = None
 
@@ -140,6 +141,28 @@ def _tuned(device_name: str) -> dict[str, Config]:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 132, an H100's, where there is none to ask."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90. Where there is no GPU to ask, that of `compiling_for`, else 90."""
+    return _capability(device) if device.type == "cuda" else _target
+
+
+@contextmanager
+def compiling_for(target: int) -> Iterator[None]:
+    """Inside, launchers without a GPU choose as they would on sm_<target>: how offline compilation sees what ships there."""
+    global _target
+    before, _target = _target, target
+    try:
+        yield
+    finally:
+        _target = before
 
 
 def row_parts(width: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import _compat
 from .._compat import triton
-from .._launch import Config, Launch, forced, watched
+from .._launch import Config, Launch, compiling_for, forced, watched
 from .numerics import outputs
 from .spec import DTYPES, Spec, specs
 
@@ -126,23 +127,20 @@ def compiled(spec: Spec, targets: tuple[int, ...] = TARGETS, all_configs: bool =
     """
     first = cases == "first"
     seen = set()
-    for shape in spec.real:
-        for dtypes in spec.dtypes[:1] if first else spec.dtypes:
-            for variant in spec.variants[:1] if first else spec.variants:
-                for forcing in _configurations(spec, all_configs):
-                    with forced(forcing) if forcing else nullcontext():
-                        recorded = launches(spec, shape, dtypes, variant)
-                    for launch in recorded:
-                        if forcing and launch.name not in forcing:
-                            continue
-                        config = forcing.get(launch.name, Config((), launch.warps, launch.stages))
-                        identity = (launch.name, str(signature(launch)), launch.warps, launch.stages)
-                        if identity in seen:
-                            continue
-                        seen.add(identity)
-                        for target in targets:
-                            case = f"{shape} {dtypes} {variant}".strip()
-                            yield Compiled(spec.name, launch.name, target, case, config, not forcing, *compile_launch(launch, target))
+    calls = product(spec.real, spec.dtypes[:1] if first else spec.dtypes, spec.variants[:1] if first else spec.variants)
+    for (shape, dtypes, variant), forcing, target in product(calls, _configurations(spec, all_configs), targets):
+        with forced(forcing) if forcing else nullcontext(), compiling_for(target):
+            recorded = launches(spec, shape, dtypes, variant)
+        for launch in recorded:
+            if forcing and launch.name not in forcing:
+                continue
+            config = forcing.get(launch.name, Config((), launch.warps, launch.stages))
+            identity = (launch.name, str(signature(launch)), launch.warps, launch.stages, target)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            case = f"{shape} {dtypes} {variant}".strip()
+            yield Compiled(spec.name, launch.name, target, case, config, not forcing, *compile_launch(launch, target))
 
 
 def _configurations(spec: Spec, every: bool) -> list[dict[str, Config]]:
