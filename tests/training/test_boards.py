@@ -32,7 +32,7 @@ class Recorder:
 @pytest.fixture
 def wandb(monkeypatch):
     module, recorder = types.ModuleType("wandb"), Recorder()
-    module.init, module.Image = recorder.init, lambda path: ("image", path)
+    module.init, module.Image, module.Error = recorder.init, lambda path: ("image", path), OSError
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return recorder
@@ -70,6 +70,15 @@ def test_wandb_continues_the_run_that_the_folder_names(tmp_path, wandb):
         RunLog(tmp_path / "run", "run", ("wandb",)).close()
     assert [words["id"] for _, words in wandb.named("init")] == [None, "abc123"]
     assert all(words["resume"] == "allow" for _, words in wandb.named("init"))
+
+
+def test_wandb_that_cannot_start_is_one_line_with_its_cure(tmp_path, wandb, monkeypatch):
+    def refuse(**words):
+        raise sys.modules["wandb"].Error("no API key configured")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(BadInput, match=r"log.to=\[wandb\]: no API key configured; run wandb login, set WANDB_MODE=offline, or remove"):
+        RunLog(tmp_path, "run", ("wandb",))
 
 
 def test_tensorboard_gets_values_and_pictures_and_purges_what_comes_again(tmp_path, tensorboard):

@@ -10,11 +10,11 @@ from torch import Tensor
 from vavae_fast import artifacts
 from vavae_fast.commands import build
 from vavae_fast.commands.demo_stages import ARMS, GUIDANCE, SHOWN, SIZE, TEST, DemoPlan, Timeline, samples_folder
-from vavae_fast.commands.sample import image_grid, write_samples
+from vavae_fast.commands.sample import write_samples
 from vavae_fast.config import TokenizerConfig, load_config
 from vavae_fast.data import digits, digits_from_images, open_images
 from vavae_fast.evaluation import RBFClassifier, class_agreement, nearest_distances, pixel_frechet, psnr, spread
-from vavae_fast.pixels import to_uint8, to_unit
+from vavae_fast.pixels import image_grid, to_uint8, to_unit
 
 PROTOCOL = (
     "Digits at 8 x 8, values 0 to 16, by area mean. Agreement: share of samples to which an RBF kernel classifier, fitted on "

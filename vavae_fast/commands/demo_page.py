@@ -11,9 +11,9 @@ from vavae_fast import artifacts
 from vavae_fast.commands import demo_judge
 from vavae_fast.commands._html import figure, page, paragraph, png_grid, scatter, svg_lines, table
 from vavae_fast.commands.demo_stages import ARMS, SHOWN, SIZE, TEST, TRAIN, DemoPlan, Timeline, samples_folder
-from vavae_fast.commands.sample import image_grid
 from vavae_fast.data import digits_from_images, open_images, open_latents
 from vavae_fast.evaluation import nearest_distances
+from vavae_fast.pixels import image_grid
 
 ABOUT = (
     "A VA-VAE (f4, 16 channels) and a LightningDiT, trained here from nothing on 1,797 handwritten digits (UCI Optical Recognition of "

@@ -15,6 +15,8 @@ EXAMPLE = "vavae-fast report output/lightningdit_xl"
 # Plots, each of the keys that are there: (title, keys, logarithmic). Keys named nowhere get a plot of their own.
 _PLOTS = (
     ("loss", ("loss", "mse", "cos"), False),
+    ("held-out loss: averaged weights, weights in training", ("valid_mse", "valid_mse_model"), False),
+    ("held-out loss by t: from 0.0 to 0.1, …", tuple(f"valid_mse_t{n / 10:.1f}" for n in range(10)), False),
     ("negative log-likelihood, per image", ("nll",), True),
     ("reconstruction", ("rec", "perceptual"), False),
     ("KL to the prior, nats an image", ("kl",), True),
@@ -24,6 +26,7 @@ _PLOTS = (
     ("gradient norm", ("grad_norm",), True),
     ("learning rate", ("lr",), False),
     ("images a second", ("images_per_second",), False),
+    ("MFU: share of the device's peak", ("mfu",), False),
     ("share of the time spent waiting for data", ("data_wait",), False),
     ("peak memory, GB", ("memory_gb",), False),
     ("skipped steps", ("skipped",), False),
@@ -38,8 +41,8 @@ def arguments(parser) -> None:
 
 
 @dataclass(frozen=True)
-class ReportPlan:
-    """The folder, and what was read from it."""
+class Run:
+    """A run folder, and what was read from it."""
 
     folder: Path
     steps: list[dict[str, Any]]  # metrics.jsonl
@@ -56,20 +59,30 @@ class ReportPlan:
         return f"{len(self.steps):,} logged steps of {self.folder} -> {self.out}\nnothing was written"
 
 
-def plan(config: None, args) -> ReportPlan:
-    folder = args.run_dir
+def plan(config: None, args) -> Run:
+    run = read_run(args.run_dir)
+    artifacts.require_writable(run.folder)
+    return run
+
+
+def run(plan: Run) -> Path:
+    print(f"report  {write(plan)}")
+    return plan.out
+
+
+def read_run(folder: Path) -> Run:
+    """What a run folder holds of values, settings and scores. `BadInput` names what is no run folder, or is damaged beyond reading."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such run folder")
     if not any((folder / name).is_file() for name in _FILES):
         raise BadInput(f"{folder}: not a run folder, it has none of {', '.join(_FILES)}; give <train.output_dir>/<train.exp_name>")
-    artifacts.require_writable(folder)
     steps, unreadable = _logged_steps(folder / "metrics.jsonl")
     manifest, scores = (artifacts.read_json(folder / name) if (folder / name).is_file() else None for name in ("manifest.json", "metrics.json"))
     if not isinstance(manifest, dict | None):
         raise BadInput(f"{folder / 'manifest.json'}: expected an object, got {type(manifest).__name__}; it is damaged, or not ours")
     config_file = folder / "config.yaml"
     text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
-    return ReportPlan(folder, steps, unreadable, manifest or {}, text, scores)
+    return Run(folder, steps, unreadable, manifest or {}, text, scores)
 
 
 def _logged_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -89,35 +102,36 @@ def _logged_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
     return [steps[step] for step in sorted(steps)], unreadable
 
 
-def run(plan: ReportPlan) -> Path:
-    sections = [("Summary", _summary(plan)), ("Curves", _curves(plan.steps))]
-    if pictures := _pictures(plan.folder / "samples"):
+def write(run: Run) -> Path:
+    """report.html in the run's folder, whole or not at all."""
+    sections = [("Summary", _summary(run)), ("Curves", _curves(run.steps))]
+    if pictures := _pictures(run.folder / "samples"):
         sections.append(("Samples", pictures))
-    if plan.scores is not None:
-        sections.append(("Scores", _html.table([("score", "value"), *_flat(plan.scores)])))
-    if plan.manifest:
-        sections.append(("What made it", _html.table([("fact", "value"), *_flat(plan.manifest)])))
-    if plan.config:
-        sections.append(("Config", _html.preformatted(plan.config, "config.yaml, every key")))
-    artifacts.write_text(plan.out, _html.page(f"{plan.manifest.get('stage', 'run')}: {plan.folder.resolve().name}", sections))
-    print(f"report  {plan.out}")
-    return plan.out
+    if run.scores is not None:
+        sections.append(("Scores", _html.table([("score", "value"), *_flat(run.scores)])))
+    if run.manifest:
+        sections.append(("What made it", _html.table([("fact", "value"), *_flat(run.manifest)])))
+    if run.config:
+        sections.append(("Config", _html.preformatted(run.config, "config.yaml, every key")))
+    artifacts.write_text(run.out, _html.page(f"{run.manifest.get('stage', 'run')}: {run.folder.resolve().name}", sections))
+    return run.out
 
 
-def _summary(plan: ReportPlan) -> str:
-    if not plan.steps:
+def _summary(run: Run) -> str:
+    if not run.steps:
         return _html.paragraph("No step has been logged yet.")
-    last, seconds, rates, memory = plan.steps[-1], *(_values(plan.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
+    last, seconds, rates, memory = run.steps[-1], *(_values(run.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
     rows = [
         ("steps", last["step"]),
         ("hours in training", sum(seconds) / 3600 if seconds else None),
         ("images a second, median", sorted(rates)[len(rates) // 2] if rates else None),
         ("peak memory, GB", max(memory, default=None)),
         *((f"{key}, last logged", last.get(key)) for key in ("loss", "mse", "rec", "perceptual", "mcos", "mdms")),
+        *((f"{key}, last measured", (_values(run.steps, key) or [None])[-1]) for key in ("valid_mse", "valid_mse_model")),
         ("steps skipped, gradient not finite", last.get("skipped")),
     ]
-    note = f"{plan.unreadable} line(s) of metrics.jsonl could not be read and are left out."
-    return _html.table([("", "value"), *(row for row in rows if _is_number(row[1]))]) + (_html.paragraph(note) if plan.unreadable else "")
+    note = f"{run.unreadable} line(s) of metrics.jsonl could not be read and are left out."
+    return _html.table([("", "value"), *(row for row in rows if _is_number(row[1]))]) + (_html.paragraph(note) if run.unreadable else "")
 
 
 def _values(steps: list[dict[str, Any]], key: str) -> list[float]:
@@ -134,7 +148,8 @@ def _curves(steps: list[dict[str, Any]]) -> str:
 
 
 def _points(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
-    return [(s["step"], s[key] if _is_number(s.get(key)) else None) for s in steps]
+    """(step, value) of the lines that have the key: a line without it, between two held-out losses, is no gap."""
+    return [(s["step"], s[key] if _is_number(s[key]) else None) for s in steps if key in s]
 
 
 def _is_number(value: Any) -> bool:

@@ -83,15 +83,32 @@ def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     artifacts.write_json(folder / "manifest.json", artifacts.manifest("run", **facts))
 
 
-def run_steps(state: Any, step: Any, stream: Any, accumulation: int, settings: Any, world: Any, log: Any, start: int) -> Path:
-    """Train from step `start` on a stream's batches, `accumulation` a step; the run folder, or `Interrupted` after a signal."""
+def run_steps(
+    state: Any, step: Any, stream: Any, accumulation: int, settings: Any, world: Any, log: Any, start: int, observers: Any = ()
+) -> Path:
+    """Train from step `start` on a stream's batches, `accumulation` a step; the run folder, or `Interrupted` after a signal.
+
+    After every save the run's report.html is written anew.
+    """
     from vavae_fast.training.loop import train
 
     with closing(stream.batches(start)) as batches:
         steps = iter(lambda: list(islice(batches, accumulation)), [])
-        done = train(state, step, steps, settings, world, log, start)
+        done = train(state, step, steps, settings, world, log, start, observers, lambda: _rewrite_report(log))
     log.say(f"step {done} of {settings.max_steps}: {settings.folder}")
     log.close()
     if done < settings.max_steps:
         raise Interrupted(f"{settings.folder}: stopped at step {done} of {settings.max_steps}")
     return settings.folder
+
+
+def _rewrite_report(log: Any) -> None:
+    """By the main process; a report that cannot be written is said and is no reason to stop."""
+    from vavae_fast.commands import report
+
+    if log.folder is None:
+        return
+    try:
+        report.write(report.read_run(log.folder))
+    except (BadInput, OSError) as error:
+        log.say(f"report.html was not written: {error}")

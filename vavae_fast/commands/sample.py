@@ -61,7 +61,7 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     out = args.out or run_folder(config, args.config) / f"samples-cfg{config.sample.cfg_scale:g}-seed{seed}"
     artifacts.require_writable(out)
     artifacts.require_space(out, 2 * num * 3 * config.data.image_size**2)
-    settings = _sampler_settings(config.sample)
+    settings = sampler_settings(config.sample)
     guidable = config.model.class_dropout_prob > 0 or config.sample.cfg_scale <= 1
     require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
     given_path(args.checkpoint or config.ckpt_path, "--checkpoint" if args.checkpoint else "ckpt_path", "the LightningDiT weights")
@@ -120,7 +120,7 @@ def _latent_statistics(config: LightningDiTConfig):
     return read_statistics(folder / "latents_stats.pt", config.model.in_chans)
 
 
-def _sampler_settings(s: SampleConfig):
+def sampler_settings(s: SampleConfig):
     """sample.* as the sampler takes them; checks method, form and interval."""
     from vavae_fast.flow.generate import SamplerSettings
 
@@ -200,7 +200,7 @@ def _draw(plan: SamplePlan, world) -> None:
 
     latents = generate_latents(
         predict, torch.from_numpy(plan.labels).to(world.device), (config.model.in_chans, config.latent_size, config.latent_size),
-        _sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes,
+        sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes,
         transport=plan.transport, batch_size=size, indices=wanted,
     )  # fmt: skip
     started, drawn, said = time.perf_counter(), 0, 0.0
@@ -225,6 +225,8 @@ def _batches(plan: SamplePlan) -> Iterator[Any]:
 def _assemble(plan: SamplePlan) -> None:
     """Parts -> samples.npz and samples.png, then manifest.json: with it the draw is complete. Parts go last."""
     import numpy as np
+
+    from vavae_fast.pixels import image_grid
 
     size = plan.config.data.image_size
     write_samples(plan.out / "samples.npz", (plan.num, size, size, 3), _batches(plan), plan.labels)
@@ -256,21 +258,6 @@ def write_samples(path: Path, shape: tuple[int, ...], batches: Iterator[Any], la
                 member.write(batch.tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels, allow_pickle=False)
-
-
-def image_grid(images: Any, columns: int | None = None, border: int = 2):
-    """(N, H, W, 3) uint8 -> one PIL image, row by row."""
-    import numpy as np
-    from PIL import Image
-
-    n, h, w, _ = images.shape
-    columns = columns or round(n**0.5) or 1
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + border) + border, columns * (w + border) + border, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = border + i // columns * (h + border), border + i % columns * (w + border)
-        canvas[y : y + h, x : x + w] = image
-    return Image.fromarray(canvas)
 
 
 def _write_pngs(plan: SamplePlan) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
-from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_yaml, world_size
+from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
+from vavae_fast.training.boards import require_boards
 
 EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
 CONFIG = TokenizerConfig
@@ -68,6 +69,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     if config.start_weights and not resumes:
         given_path(config.start_weights, "weight_init", "the weights to start from")
     _precision(config)
+    require_boards(tuple(config.log.to))
     if not args.dry_run:
         _frozen_weights_given(config)
     images = None
@@ -155,7 +157,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
 
     config = plan.config
     c = config.train
-    log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to))
+    log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to), to_mapping(config))
     state = _state(plan, world, log)
     start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)

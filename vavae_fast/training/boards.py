@@ -1,6 +1,7 @@
 """Where a run's values and pictures go beside its own folder: TensorBoard, Weights & Biases. Imported only when asked for."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,13 +76,14 @@ class WandB:
     """
 
     def __init__(self, folder: Path, title: str, config: dict[str, Any]):
-        import os
-
         self.wandb = _module("wandb")
         held = folder / "wandb_id.txt"
         known = held.read_text(encoding="utf-8").strip() if held.is_file() else None
         project = os.environ.get("WANDB_PROJECT", "vavae-fast")
-        self.run = self.wandb.init(project=project, name=title, dir=str(folder), config=config, id=known, resume="allow")
+        try:
+            self.run = self.wandb.init(project=project, name=title, dir=str(folder), config=config, id=known, resume="allow")
+        except self.wandb.Error as error:  # no account, no network
+            raise BadInput(f"log.to=[wandb]: {str(error).rstrip('.')}; run wandb login, set WANDB_MODE=offline, or remove it from log.to") from None
         held.write_text(self.run.id, encoding="utf-8")
         self.run.define_metric("*", step_metric="step")
 

@@ -1,0 +1,152 @@
+"""train, watched: held-out loss, sample grids and the growing report appear, and what is trained stays the same to the bit."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import contents, copy, done, files, launched, metrics
+
+from vavae_fast.cli import main
+
+STEP = "checkpoints/step_{:08d}"
+WATCHED = ("log.valid_every=2", "log.valid_num=6", "log.samples_every=3", "log.samples_num=5")
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny, tmp_path_factory):
+    """A folder of latents beside the one trained on, by the same tokenizer."""
+    return copy(tiny.latents, tmp_path_factory.mktemp("held-out") / "latents")
+
+
+@pytest.fixture(scope="module")
+def watched(tiny, held_out, tmp_path_factory):
+    """The run of `tiny.dit_run`, watched."""
+    out = tmp_path_factory.mktemp("watched")
+    done("train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED))
+    return out / "dit"
+
+
+def weights(run, step=4):
+    return contents(run / STEP.format(step), "*.safetensors")
+
+
+def held_out_values(run):
+    return [(m["step"], {k: v for k, v in m.items() if k.startswith("valid")}) for m in metrics(run) if "valid_mse" in m]
+
+
+def test_watching_changes_no_bit_of_what_is_trained(tiny, watched):
+    assert weights(watched) == weights(tiny.dit_run)
+    for a, b in zip(metrics(watched), metrics(tiny.dit_run), strict=True):
+        assert all(a[key] == b[key] for key in ("step", "loss", "mse", "grad_norm", "lr"))
+
+
+def test_held_out_loss_is_logged_of_both_weights_and_by_t(watched):
+    values = held_out_values(watched)
+    assert [step for step, _ in values] == [2, 4]
+    for _, found in values:
+        bins = {key: value for key, value in found.items() if key.startswith("valid_mse_t")}
+        assert bins and all(re.fullmatch(r"valid_mse_t0\.\d", key) for key in bins)
+        assert min(bins.values()) <= found["valid_mse"] <= max(bins.values())
+        assert 0 < found["valid_mse_model"] != found["valid_mse"]
+
+
+def test_a_resumed_run_measures_the_same(tiny, held_out, watched, out):
+    done("train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED, "train.max_steps=2"))
+    done("train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED))
+    assert held_out_values(out / "dit") == held_out_values(watched)
+    assert contents(out / "dit" / "samples", "*4.png") == contents(watched / "samples", "*4.png")
+
+
+def test_grids_of_samples_are_drawn_by_the_tokenizer(watched):
+    grids = sorted((watched / "samples").iterdir())
+    assert [path.name for path in grids] == ["step_00000003.png", "step_00000004.png"]
+    assert Image.open(grids[0]).size == (2 * 18 + 2, 3 * 18 + 2)
+    sheet = np.asarray(Image.open(grids[0]))
+    assert sheet[2:18, 2:18].std() > 0 and (sheet[-18:-2, -18:-2] == 255).all(), "five images in six places"
+
+
+def test_without_a_tokenizer_latents_are_shown_and_that_is_said_once(tiny, out, capsys):
+    done("train", *tiny.dit(out, "dit", "vae.ckpt_path=null", "log.samples_every=2", "log.samples_num=4"))
+    assert capsys.readouterr().out.count("samples are shown as their first three latent channels") == 1
+    sheet = np.asarray(Image.open(out / "dit" / "samples" / "step_00000004.png"))
+    assert sheet.shape == (2 * 18 + 2, 2 * 18 + 2, 3), "latents of 2 x 2, as large as the images"
+    assert len(np.unique(sheet[2:10, 2:10].reshape(-1, 3), axis=0)) == 1, "one latent is a square of one colour"
+
+
+def test_the_report_of_a_watched_run_has_curves_and_grids(watched):
+    page = (watched / "report.html").read_text()
+    for text in ("held-out loss: averaged weights", "held-out loss by t", "step_00000004", "valid_mse, last measured", "valid_every: 2"):
+        assert text in page
+    assert page.count("data:image/png;base64,") == 2
+
+
+def test_the_report_grows_with_every_save(tiny, out, monkeypatch):
+    from vavae_fast.commands import report
+
+    seen, write = [], report.write
+    monkeypatch.setattr(report, "write", lambda run: (seen.append(len(run.steps)), write(run))[1])
+    done("train", *tiny.dit(out))
+    assert seen == [2, 4]
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(tiny, out, capsys, monkeypatch):
+    from vavae_fast.commands import report
+
+    def refuse(run):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr(report, "write", refuse)
+    done("train", *tiny.dit(out))
+    assert weights(out / "dit") == weights(tiny.dit_run) and "report.html was not written: " in capsys.readouterr().out
+
+
+def test_the_dry_run_says_what_will_be_watched(tiny, held_out, out, capsys):
+    done("train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED, "--dry-run"))
+    assert "watched    loss on 6 of 16 held-out latents every 2 steps; 5 samples every 3 steps, decoded" in capsys.readouterr().out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("more, words", [
+    (("data.valid_path=nowhere",), ["data.valid_path: nowhere does not exist"]),
+    (("data.valid_path={latents}",), ["data.valid_path:", "nothing is held out"]),
+    (("data.valid_path={held_out}", "vae.ckpt_path=nowhere", "log.samples_every=1"), ["vae.ckpt_path: nowhere does not exist"]),
+    (("log.samples_every=1", "sample.cfg_scale=2", "model.class_dropout_prob=0"), ["sample.cfg_scale", "null class"]),
+    (("log.samples_every=1", "sample.sampling_method=eulr"), ["sample.sampling_method", "euler"]),
+    (("log.to=[wandb]",), ["log.to=[wandb]: wandb is not installed; pip install wandb"]),
+])  # fmt: skip
+def test_what_cannot_be_watched_is_one_line_before_anything_is_written(tiny, held_out, out, capsys, monkeypatch, more, words):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert main(["train", *tiny.dit(out, "dit", *(word.format(latents=tiny.latents, held_out=held_out) for word in more))]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert not out.exists()
+
+
+def test_latents_of_another_tokenizer_are_refused(tiny, held_out, out, capsys, tmp_path):
+    folder = copy(held_out, tmp_path / "other")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["facts"]["tokenizer"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["train", *tiny.dit(out, "dit", f"data.valid_path={folder}")]) == 2
+    assert f"{folder}: made by another tokenizer than {tiny.latents}; extract both with one" in capsys.readouterr().err
+
+
+def test_how_a_run_is_watched_may_change(tiny, held_out, out):
+    done("train", *tiny.dit(out, "dit", "train.max_steps=2"))
+    done("train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED))
+    assert weights(out / "dit") == weights(tiny.dit_run)
+
+
+@pytest.mark.slow  # starts three interpreters
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
+def test_two_processes_with_sharded_weights_measure_draw_and_train_as_one(tiny, held_out, watched, out):
+    launched(2, "train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED, "train.shard=full"))
+    for ours, theirs in zip(metrics(out / "dit"), metrics(watched), strict=True):
+        keys = [key for key in theirs if key.startswith("valid") or key in ("loss", "mse", "grad_norm")]
+        assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-4), theirs["step"]
+    ours, theirs = (np.asarray(Image.open(run / "samples" / "step_00000004.png")).astype(int) for run in (out / "dit", watched))
+    assert np.abs(ours - theirs).max() <= 1
+    assert files(out / "dit" / "samples") == files(watched / "samples")

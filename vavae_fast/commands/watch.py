@@ -1,0 +1,155 @@
+"""What a LightningDiT run looks at while it trains: held-out loss, grids of samples, the share of the device's peak. From `log:` and
+`data.valid_path` of the config; nothing here changes what is trained."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vavae_fast.commands import build
+from vavae_fast.commands.sample import sampler_settings
+from vavae_fast.config import LightningDiTConfig, given_path
+from vavae_fast.data.latents import Latents, ShardStore, open_store
+from vavae_fast.distributed import World
+from vavae_fast.errors import BadInput, require
+from vavae_fast.flow.generate import LatentScale, SamplerSettings, generate_latents
+from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.models.lightningdit_cost import flops_per_image
+from vavae_fast.pixels import to_uint8
+from vavae_fast.training.averaged import averaged_weights, evaluating
+from vavae_fast.training.boards import require_boards
+from vavae_fast.training.device_peaks import peak_flops
+from vavae_fast.training.dit import DiTState
+from vavae_fast.training.heldout import held_out_loss, read_held_out
+from vavae_fast.training.log import RunLog
+from vavae_fast.training.loop import Observer
+from vavae_fast.training.previews import latent_pixels, preview_labels, write_preview
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a config asks to be looked at, checked: held-out latents, sampler settings, the tokenizer that decodes; None: not asked for."""
+
+    held_out: ShardStore | None
+    sampler: SamplerSettings | None
+    tokenizer: AutoencoderKL | None
+
+    def describe(self, config: LightningDiTConfig) -> str:
+        log, parts = config.log, []
+        if self.held_out is not None:
+            used = min(log.valid_num, len(self.held_out))
+            parts.append(f"loss on {used:,} of {len(self.held_out):,} held-out latents every {log.valid_every:,} steps")
+        if self.sampler is not None:
+            parts.append(f"{log.samples_num} samples every {log.samples_every:,} steps, {'decoded' if self.tokenizer else 'as latents'}")
+        return "; ".join(parts) or "the training loss alone; data.valid_path and log.samples_every add to it"
+
+
+def plan_watch(config: LightningDiTConfig, latents: Latents | None) -> Watch:
+    """Open and check what will be looked at; writes nothing. `latents`: those trained on, None in a dry run without data."""
+    require_boards(tuple(config.log.to))
+    held_out = _held_out(config, latents) if config.data.valid_path else None
+    if config.log.samples_every is None:
+        return Watch(held_out, None, None)
+    settings = sampler_settings(config.sample)
+    if settings.method == "dopri5":  # processes must take the same steps, and a grid need not be exact
+        settings = replace(settings, method="euler")
+    guidable = config.model.class_dropout_prob > 0 or settings.cfg_scale == 1
+    require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
+    path = config.vae.ckpt_path
+    return Watch(held_out, settings, build.tokenizer(config) if path and "path/to/" not in path else None)
+
+
+def _held_out(config: LightningDiTConfig, latents: Latents | None) -> ShardStore:
+    path = given_path(config.data.valid_path, "data.valid_path", "a folder of latents that are not trained on")
+    store = open_store(path)
+    expected = (config.model.in_chans, config.latent_size, config.latent_size)
+    if store.shape != expected:
+        raise BadInput(f"{path}: held-out latents are {store.shape}, the model takes {expected}; extract them as those in data.data_path")
+    highest = int(store.labels.max())
+    if highest >= config.data.num_classes:
+        raise BadInput(f"{path}: label {highest} found, data.num_classes is {config.data.num_classes}; extract with the same class folders")
+    if latents is not None:
+        if path.resolve() == latents.folder.resolve():
+            raise BadInput(f"data.valid_path: {path} is data.data_path, of which nothing is held out; extract other images for it")
+        makers = [(manifest or {}).get("facts", {}).get("tokenizer") for manifest in (latents.manifest, store.manifest)]
+        if None not in makers and makers[0] != makers[1]:
+            raise BadInput(f"{path}: made by another tokenizer than {latents.folder}; extract both with one")
+    return store
+
+
+def observers(config: LightningDiTConfig, watch: Watch, latents: Latents, state: DiTState, micro_batch: int, log: RunLog) -> list[Observer]:
+    """Those that the config asks for. Every process makes and calls the same ones; the main one writes into the run folder."""
+    found = []
+    if watch.held_out is not None:
+        found.append(Observer(config.log.valid_every, _held_out_look(config, watch.held_out, latents, state, micro_batch)))
+    if watch.sampler is not None:
+        found.append(Observer(config.log.samples_every, _samples_look(config, watch, latents, state, micro_batch, log)))
+    return found
+
+
+def _held_out_look(config: LightningDiTConfig, store: ShardStore, latents: Latents, state: DiTState, micro_batch: int):
+    mean, std = (latents.mean, latents.std) if config.data.latent_norm else (None, None)
+    held = read_held_out(store, config.log.valid_num, mean, std, config.data.latent_multiplier, state.world)
+
+    def look(step: int) -> dict[str, float]:
+        """`valid_mse` of the averaged weights, by t too; `valid_mse_model` of those being trained."""
+        measured = (state.transport, held, micro_batch, state.bf16, state.world)
+        with evaluating(state.model):
+            own = held_out_loss(state.model, *measured)
+            with averaged_weights(state.model, state.optimizer.ema_state_dict()):
+                averaged = held_out_loss(state.model, *measured)
+        return {f"valid_{key}": value for key, value in averaged.items()} | {"valid_mse_model": own["mse"]}
+
+    return look
+
+
+def _samples_look(config: LightningDiTConfig, watch: Watch, latents: Latents, state: DiTState, micro_batch: int, log: RunLog):
+    device, shape = state.world.device, (config.model.in_chans, config.latent_size, config.latent_size)
+    labels = preview_labels(config.log.samples_num, config.data.num_classes).to(device)
+    pixels = _decoder(config, watch.tokenizer, latents, state) if state.world.main else None
+    if watch.tokenizer is None:
+        log.say("samples are shown as their first three latent channels; vae.ckpt_path would give the tokenizer that decodes them")
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+            return state.model(x, t, y).float()
+
+    def look(step: int) -> dict[str, float]:
+        """Every process draws all images, since a sharded model needs all of them; the main one writes."""
+        with evaluating(state.model), averaged_weights(state.model, state.optimizer.ema_state_dict()):
+            batches = generate_latents(
+                predict, labels, shape, watch.sampler, seed=config.train.global_seed, null_label=config.data.num_classes,
+                transport=state.transport, batch_size=micro_batch,
+            )  # fmt: skip
+            drawn = torch.cat([x for _, x in batches])
+        if state.world.main:
+            log.image(step, write_preview(log.folder, step, drawn, pixels, config.sample.per_proc_batch_size))
+        return {}
+
+    return look
+
+
+def _decoder(config: LightningDiTConfig, tokenizer: AutoencoderKL | None, latents: Latents, state: DiTState):
+    """Normalised latents -> uint8 pixels: by the tokenizer, or the latents themselves."""
+    if tokenizer is None:
+        return lambda z: latent_pixels(z, config.vae.downsample_ratio)
+    device = state.world.device
+    tokenizer = tokenizer.to(device)
+    mean, std = (latents.mean.to(device), latents.std.to(device)) if config.data.latent_norm else (0.0, 1.0)
+    scale = LatentScale(mean, std, config.data.latent_multiplier)
+
+    def pixels(z: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+            return to_uint8(tokenizer.decode(scale.denormalise(z)).float())
+
+    return pixels
+
+
+def peak_images_per_second(model: nn.Module, world: World, log: RunLog) -> float | None:
+    """Training images a second at which the model's own FLOPs, three forward passes', would fill all devices; None, said, where unknown."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "this CPU"
+    peak = peak_flops(name)
+    if peak is None:
+        log.say(f"no MFU: the peak of {name} is not in the table of known GPUs")
+        return None
+    return peak * world.size / (3 * flops_per_image(model))
