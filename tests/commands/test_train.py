@@ -208,6 +208,13 @@ def test_weights_to_start_from(tiny, out, capsys):
     assert "starts from the weights of" not in capsys.readouterr().out, "a continued run has its own"
 
 
+def test_qk_norm_can_be_switched_on_for_trained_weights(tiny, out, capsys):
+    done("train", *tiny.dit(out, "normed", f"train.weight_init={tiny.dit_run}", "model.use_qknorm=true", "train.max_steps=2"))
+    assert "QK-norm added to its" in (out / "normed/log.txt").read_text()
+    norm = weights(out / "normed", 2)["blocks.0.attn.q_norm.weight"]
+    assert norm.isfinite().all() and not torch.equal(norm, torch.ones_like(norm))
+
+
 def test_weights_of_another_model_are_refused_before_anything_is_written(tiny, out, capsys):
     assert main(["train", *tiny.dit(out, "dit", f"train.weight_init={tiny.dit_run}", "model.hidden_size=64")]) == 2
     assert "hidden channels" in capsys.readouterr().err and not out.exists()

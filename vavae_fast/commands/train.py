@@ -128,13 +128,18 @@ def _on_meta(config: LightningDiTConfig) -> Any:
 
 
 def _start_weights(config: LightningDiTConfig, model: Any) -> str:
-    """Load train.weight_init into `model`; one on the meta device only checks that it fits. Returns where they came from."""
+    """Load train.weight_init into `model`; one on the meta device only checks that it fits. Returns where they came from.
+
+    Weights trained without QK-norm fit a model with it.
+    """
     from vavae_fast.commands import build
+    from vavae_fast.models.diagnostics import with_qk_norm
     from vavae_fast.models.weights import load_strict
 
     weights, identity = build.dit_weights(Path(config.train.weight_init), "model")
+    weights, layers = with_qk_norm(weights, model)
     load_strict(model, weights, identity["path"])
-    return identity["path"]
+    return f"{identity['path']}, QK-norm added to its {layers} layers" if layers else identity["path"]
 
 
 def run(plan: TrainPlan) -> Path:

@@ -31,12 +31,15 @@ class Attention(nn.Module):
         """x (N, T, D) -> (N, T, 3, H, Dh)."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
+    def heads(self, x: Tensor, rope: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, D) -> q, k, v (N, H, T, Dh), q and k normalised and turned."""
+        q, k, v = self.packed_qkv(x).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if rope is None else (rope(q), rope(k), v)
+
     def forward(self, x: Tensor, rope: nn.Module | None = None) -> Tensor:
         """x (N, T, D) -> (N, T, D)."""
-        q, k, v = self.packed_qkv(x).permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, T, Dh) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rope(q), rope(k)
+        q, k, v = self.heads(x, rope)
         if self.backend == "auto":
             out = F.scaled_dot_product_attention(q, k, v)
         else:
