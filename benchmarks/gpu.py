@@ -35,7 +35,6 @@ from benchmarks.records import RESULTS, ROOT, Records, Row, lines, smi
 from vavae_fast.commands.bench_report import read
 
 WHEELS = ROOT / "benchmarks" / "wheels"
-WORKERS = 8  # processes that check operators at once; each has a CUDA context
 CORRECTNESS_SECONDS = 150
 GRACE = 20  # seconds after the call's own in which a measurement that hangs is cut off
 
@@ -136,11 +135,11 @@ def unknowns(bench: Bench) -> None:
 
 
 def correctness(bench: Bench) -> None:
-    """Operators in processes of their own: kernels compile side by side, and an illegal access ends one of them alone."""
+    """Each operator in a process of its own: kernels compile side by side, and an illegal access breaks the context of one of them alone."""
     names = [name for name in checks.names() if bench.missing(f"correctness/{name}")]
     if not names:
         return
-    count = min(2 if bench.rehearse else WORKERS, len(names))
+    count = 2 if bench.rehearse else len(names)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *(["--rehearse"] if bench.rehearse else [])]
         workers = [subprocess.Popen([*command, "--check", *names[n::count], "--out", folder], cwd=ROOT) for n in range(count)]
@@ -156,11 +155,14 @@ def correctness(bench: Bench) -> None:
                 worker.kill()
                 worker.wait()
         for name in names:
-            bench.attempt("correctness", f"correctness/{name}", lambda name=name: [(f"correctness/{name}", _verdict(Path(folder), name))])
+            bench.attempt("correctness", f"correctness/{name}", lambda name=name: [_verdict(Path(folder), name)])
 
 
-def _verdict(folder: Path, name: str) -> Row:
-    """One row of all findings of an operator; RuntimeError where something is wrong, or nothing was found out."""
+def _verdict(folder: Path, name: str) -> tuple[str, Row]:
+    """One row of all findings of an operator; RuntimeError where something is wrong, or nothing was found out.
+
+    Its key is the operator's own once all cases were run; a part of them does not count as done.
+    """
     path = folder / f"{name}.jsonl"
     found = read(path) if path.is_file() else []
     complete = bool(found) and found[-1].get("case") == "end"
@@ -168,7 +170,8 @@ def _verdict(folder: Path, name: str) -> Row:
     faults = [f"{finding['case']}: {finding['fault']}" for finding in cases if "fault" in finding]
     if faults or not cases:
         raise RuntimeError(f"{len(faults)} of {len(cases)} cases: {faults[0]}" if faults else "its process ended before the first case")
-    return dict(name=name, cases=len(cases), complete=complete, worst=max(finding["error"] for finding in cases))
+    key = f"correctness/{name}" + ("" if complete else "/part")
+    return key, dict(name=name, cases=len(cases), complete=complete, worst=max(finding["error"] for finding in cases))
 
 
 def check(names: list[str], folder: Path, rehearse: bool) -> None:

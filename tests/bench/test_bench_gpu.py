@@ -76,6 +76,22 @@ def test_rows_are_on_disk_before_the_next_begins(tmp_path):
     assert [row["key"] for row in rows_of(tmp_path)] == ["first"]
 
 
+def test_a_verdict_is_of_all_cases(tmp_path):
+    """A worker that was stopped leaves a part, which is not done; a fault is an error, and so is silence."""
+    path = tmp_path / "swiglu.jsonl"
+    right, wrong, end = ('{"case": "a", "error": 0.5}\n', '{"case": "b", "fault": "AssertionError: out0"}\n', '{"case": "end"}\n')
+    path.write_text(right + right + end)
+    assert gpu._verdict(tmp_path, "swiglu") == ("correctness/swiglu", dict(name="swiglu", cases=2, complete=True, worst=0.5))
+    path.write_text(right + '{"case": "b", "er')
+    assert gpu._verdict(tmp_path, "swiglu") == ("correctness/swiglu/part", dict(name="swiglu", cases=1, complete=False, worst=0.5))
+    path.write_text(right + wrong + end)
+    with pytest.raises(RuntimeError, match="1 of 2 cases: b: AssertionError: out0"):
+        gpu._verdict(tmp_path, "swiglu")
+    path.unlink()
+    with pytest.raises(RuntimeError, match="ended before the first case"):
+        gpu._verdict(tmp_path, "swiglu")
+
+
 def test_time_that_is_up_ends_the_call(tmp_path, monkeypatch, capsys):
     log = []
     monkeypatch.setattr(gpu, "SECTIONS", {"a": lambda bench: section(bench, "a", "a", lambda: [], log)})
