@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "images -> FID, IS, precision, recall; or rFID, PSNR, SSIM, LPIPS of a tokenizer",
     "export": "a run's checkpoint -> one .safetensors or .pt file",
     "report": "a run folder -> one HTML page",
+    "compare": "several runs -> their curves on one HTML page",
     "bench-report": "benchmarks/results -> the README's tables and plots",
     "doctor": "what works on this machine, what is missing, how to get it",
 }

@@ -9,7 +9,7 @@ Every function escapes the text it is given and returns finished HTML.
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -106,8 +106,10 @@ def png_image(png: bytes, size: tuple[int, int], alt: str = "image", exact: bool
 # -- plots -----------------------------------------------------------------------------------------------------------
 
 
-def svg_lines(series: Mapping[str, Sequence[Point]], title: str, log: bool = False, x_label: str = "step") -> str:
-    """Lines by name, each of (x, y) in rising x, with axes and a legend; `log` draws y on a logarithmic axis.
+def svg_lines(
+    series: Mapping[str, Sequence[Point]], title: str, log: bool = False, x_label: str = "step", dashed: Collection[str] = ()
+) -> str:
+    """Lines by name, each of (x, y) in rising x, with axes and a legend; `log` draws y on a logarithmic axis, `dashed` names lines.
 
     A missing (None) or non-finite y, or one at or below 0 on a logarithmic axis, breaks its line.
     """
@@ -117,8 +119,8 @@ def svg_lines(series: Mapping[str, Sequence[Point]], title: str, log: bool = Fal
         return paragraph(f"{title}: no values")
     x_axis, y_axis = _Axis([x for x, _ in drawn], False, _LEFT, _WIDTH - _RIGHT), _Axis([y for _, y in drawn], log, _HEIGHT - _BOTTOM, _TOP)
     marks = []
-    for index, pieces in enumerate(runs.values()):
-        style = f"s{index % _COLOURS}" + (" dashed" if index >= _COLOURS else "")
+    for index, (name, pieces) in enumerate(runs.items()):
+        style = f"s{index % _COLOURS}" + (" dashed" if index >= _COLOURS or name in dashed else "")
         for piece in map(_thinned, pieces):
             places = [(x_axis.place(x), y_axis.place(y)) for x, y in piece]
             if len(places) == 1:

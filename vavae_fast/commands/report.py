@@ -8,7 +8,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands import _html
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, is_number
 
 EXAMPLE = "vavae-fast report output/lightningdit_xl"
 
@@ -95,7 +95,7 @@ def _logged_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
             values = json.loads(line)
         except json.JSONDecodeError:
             values = None
-        if isinstance(values, dict) and _is_number(values.get("step")):
+        if isinstance(values, dict) and is_number(values.get("step")):
             steps[values["step"]] = values
         else:
             unreadable += 1
@@ -108,9 +108,9 @@ def write(run: Run) -> Path:
     if pictures := _pictures(run.folder / "samples"):
         sections.append(("Samples", pictures))
     if run.scores is not None:
-        sections.append(("Scores", _html.table([("score", "value"), *_flat(run.scores)])))
+        sections.append(("Scores", _html.table([("score", "value"), *flat(run.scores)])))
     if run.manifest:
-        sections.append(("What made it", _html.table([("fact", "value"), *_flat(run.manifest)])))
+        sections.append(("What made it", _html.table([("fact", "value"), *flat(run.manifest)])))
     if run.config:
         sections.append(("Config", _html.preformatted(run.config, "config.yaml, every key")))
     artifacts.write_text(run.out, _html.page(f"{run.manifest.get('stage', 'run')}: {run.folder.resolve().name}", sections))
@@ -120,40 +120,37 @@ def write(run: Run) -> Path:
 def _summary(run: Run) -> str:
     if not run.steps:
         return _html.paragraph("No step has been logged yet.")
-    last, seconds, rates, memory = run.steps[-1], *(_values(run.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
+    last, seconds, rates, memory = run.steps[-1], *(values_of(run.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
     rows = [
         ("steps", last["step"]),
         ("hours in training", sum(seconds) / 3600 if seconds else None),
         ("images a second, median", sorted(rates)[len(rates) // 2] if rates else None),
         ("peak memory, GB", max(memory, default=None)),
         *((f"{key}, last logged", last.get(key)) for key in ("loss", "mse", "rec", "perceptual", "mcos", "mdms")),
-        *((f"{key}, last measured", (_values(run.steps, key) or [None])[-1]) for key in ("valid_mse", "valid_mse_model")),
+        *((f"{key}, last measured", (values_of(run.steps, key) or [None])[-1]) for key in ("valid_mse", "valid_mse_model")),
         ("steps skipped, gradient not finite", last.get("skipped")),
     ]
     note = f"{run.unreadable} line(s) of metrics.jsonl could not be read and are left out."
-    return _html.table([("", "value"), *(row for row in rows if _is_number(row[1]))]) + (_html.paragraph(note) if run.unreadable else "")
+    return _html.table([("", "value"), *(row for row in rows if is_number(row[1]))]) + (_html.paragraph(note) if run.unreadable else "")
 
 
-def _values(steps: list[dict[str, Any]], key: str) -> list[float]:
-    return [s[key] for s in steps if _is_number(s.get(key))]
+def values_of(steps: list[dict[str, Any]], key: str) -> list[float]:
+    """The numbers that were logged under a key."""
+    return [s[key] for s in steps if is_number(s.get(key))]
 
 
 def _curves(steps: list[dict[str, Any]]) -> str:
-    present = {key for values in steps for key, value in values.items() if _is_number(value)} - {*_NOT_PLOTTED}
+    present = {key for values in steps for key, value in values.items() if is_number(value)} - {*_NOT_PLOTTED}
     named = {key for _, keys, _ in _PLOTS for key in keys}
     plots = [(title, [key for key in keys if key in present], log) for title, keys, log in _PLOTS]
     plots += [(key, [key], False) for key in sorted(present - named)]
-    drawn = [_html.svg_lines({key: _points(steps, key) for key in keys}, title, log) for title, keys, log in plots if keys]
+    drawn = [_html.svg_lines({key: points(steps, key) for key in keys}, title, log) for title, keys, log in plots if keys]
     return "".join(drawn) or _html.paragraph("No values to draw.")
 
 
-def _points(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
+def points(steps: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
     """(step, value) of the lines that have the key: a line without it, between two held-out losses, is no gap."""
-    return [(s["step"], s[key] if _is_number(s[key]) else None) for s in steps if key in s]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return [(s["step"], s[key] if is_number(s[key]) else None) for s in steps if key in s]
 
 
 def _pictures(folder: Path) -> str:
@@ -179,10 +176,10 @@ def _pictures(folder: Path) -> str:
     return "".join(parts)
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
     """Nested objects as rows: {"a": {"b": 1}} -> [("a.b", 1)]; a list is one row."""
     if isinstance(value, dict):
-        return [row for key, inner in value.items() for row in _flat(inner, f"{name}.{key}" if name else str(key))]
+        return [row for key, inner in value.items() for row in flat(inner, f"{name}.{key}" if name else str(key))]
     if isinstance(value, list):
         return [(name, ", ".join(map(str, value)))]
     return [(name, value)]
