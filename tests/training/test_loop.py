@@ -29,10 +29,11 @@ class Counter:
         self.steps = []
 
     def groups(self):
-        return {"model": {"weight": self.weight}}
+        return {"model": {"weight": self.weight}, "guard": self.guard.state_dict()}
 
     def load_groups(self, groups, source):
         self.weight = groups["model"]["weight"].clone()
+        self.guard.load_state_dict(groups["guard"])
 
     def learning_rate(self, step):
         return 1.0 / (1 + step)
@@ -49,8 +50,12 @@ def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, 
     state, log = Counter(), RunLog(folder, "run")
     start = resume(state, folder / "checkpoints", ALONE, log)
     log.forget_after(start)
-    numbers = count(start * accumulation)
-    batches = iter(lambda: list(islice(numbers, accumulation)), [])
+
+    def batches(first):
+        numbers = count(first * accumulation)
+        while True:
+            yield list(islice(numbers, accumulation))
+
     settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, Retention(keep_last), {"stage": "test"}, peak)
     done = train(state, step, batches, settings, ALONE, log, start, **hooks)
     log.close()
@@ -268,3 +273,61 @@ def test_means_over_processes_take_one_collective(monkeypatch):
         meter.add({"loss": torch.tensor(value), "mse": torch.tensor(2 * value)})
     assert {k: v for k, v in meter.read(World(0, 2, torch.device("cpu"))).items() if k in ("loss", "mse")} == {"loss": 1.5, "mse": 3.0}
     assert calls == [(2,)]
+
+
+def leaping(leaps):
+    """A step whose loss is near 1, and 5 while its batches begin with one of `leaps`: it is the data's fault."""
+
+    def step(state, step, micro_batches):
+        state.weight += sum(micro_batches)
+        state.steps.append((step, micro_batches[0]))
+        return {"loss": torch.tensor(5.0 if micro_batches[0] in leaps else 1.0 + 0.01 * (step % 3))}
+
+    return step
+
+
+def spiking(tmp_path, leaps, max_rollbacks=3, max_steps=40):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Counter, "__init__", counter_with(max_rollbacks))
+        return run(tmp_path, max_steps, leaping(leaps), log_every=1, ckpt_every=4, accumulation=1)
+
+
+def counter_with(max_rollbacks):
+    def init(self):
+        self.weight, self.steps = torch.zeros((), dtype=torch.float64), []
+        self.guard = Guard(ALONE.device, 3, max_rollbacks)
+
+    return init
+
+
+def test_a_leap_of_the_loss_sends_the_run_back_and_past_its_batches(tmp_path):
+    state, done = spiking(tmp_path, {29})
+    assert done == 40
+    assert state.steps == [(n, n) for n in range(30)] + [(n, n + 2) for n in range(28, 40)], "step 30 leapt: back to 28, batches 28, 29 left out"
+    assert state.weight == sum(range(28)) + sum(range(30, 42))
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 41)) and saved(tmp_path) == list(range(4, 41, 4))
+    assert (state.guard.rollbacks, state.guard.passed_over) == (1, 2)
+    assert "the loss leapt to 5 at step 30: back to" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_that_went_back_resumes_as_if_never_stopped(tmp_path):
+    straight, _ = spiking(tmp_path / "a", {25, 31})
+    spiking(tmp_path / "b", {25, 31}, max_steps=34)
+    resumed, _ = spiking(tmp_path / "b", {25, 31})
+    assert straight.weight == resumed.weight and straight.guard.state_dict().keys() == resumed.guard.state_dict().keys()
+    assert straight.guard.passed_over == resumed.guard.passed_over > 2 and straight.guard.losses == resumed.guard.losses
+
+
+def test_a_run_that_leaps_too_often_stops_with_its_cure(tmp_path):
+    with pytest.raises(BadInput, match=r"the loss leapt to 5 at step \d+, for the 3. time; lower the learning rate, clip.*max_rollbacks=0") as caught:
+        spiking(tmp_path, set(range(29, 200)), max_rollbacks=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_rollbacks_or_without_a_checkpoint_from_before_the_run_goes_on(tmp_path):
+    state, done = spiking(tmp_path / "a", {29}, max_rollbacks=0)
+    assert done == 40 and state.guard.passed_over == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Counter, "__init__", counter_with(3))
+        state, done = run(tmp_path / "b", 40, leaping({29}), log_every=1, ckpt_every=100, accumulation=1)
+    assert done == 40 and "there is no checkpoint from before, so the run goes on" in (tmp_path / "b/log.txt").read_text()

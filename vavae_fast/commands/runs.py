@@ -15,12 +15,12 @@ from vavae_fast.errors import BadInput, Interrupted
 from vavae_fast.parsing import read_yaml
 
 # Keys that may change between two starts of one run: they say how it is run and watched, not what it computes.
-_FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.valid_path", "data.num_workers", "data.params.num_workers",
-         "train.ckpt", "train.log_every", "train.ckpt_every", "train.keep_", "train.micro_batch_size", "train.fused", "train.attention",
-         "train.compile",
-         "train.resume", "train.output_dir", "train.max_skipped", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps",
-         "lightning.trainer.max_epochs", "lightning.trainer.strategy", "lightning.trainer.accelerator", "lightning.trainer.gpus",
-         "lightning.trainer.benchmark", "lightning.callbacks", "lightning.modelcheckpoint", "train.shard")  # fmt: skip
+_FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.valid_path", "data.num_workers",
+         "data.params.num_workers", "train.ckpt", "train.log_every", "train.ckpt_every", "train.keep_", "train.micro_batch_size",
+         "train.fused", "train.attention", "train.compile", "train.resume", "train.output_dir", "train.max_skipped", "train.max_rollbacks",
+         "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.trainer.max_epochs", "lightning.trainer.strategy",
+         "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark", "lightning.callbacks",
+         "lightning.modelcheckpoint", "train.shard")  # fmt: skip
 
 
 def resume_arguments(parser) -> None:
@@ -92,9 +92,12 @@ def run_steps(
     """
     from vavae_fast.training.loop import train
 
-    with closing(stream.batches(start)) as batches:
-        steps = iter(lambda: list(islice(batches, accumulation)), [])
-        done = train(state, step, steps, settings, world, log, start, observers, lambda: _rewrite_report(log))
+    def batches(first: int) -> Iterator[list[Any]]:
+        with closing(stream.batches(first)) as each:
+            while micro_batches := list(islice(each, accumulation)):
+                yield micro_batches
+
+    done = train(state, step, batches, settings, world, log, start, observers, lambda: _rewrite_report(log))
     log.say(f"step {done} of {settings.max_steps}: {settings.folder}")
     log.close()
     if done < settings.max_steps:

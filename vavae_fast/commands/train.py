@@ -206,7 +206,8 @@ def _state(plan: TrainPlan, world, log):
     late = build.transport(t, config.train.fused, use_lognorm=False) if t.lognorm_until else None
     return DiTState(
         model=model, optimizer=optimizer, ema_decay=config.train.ema_decay, ema_warmup=config.train.ema_warmup,
-        transport=build.transport(t, config.train.fused), guard=Guard(world.device, config.train.max_skipped), world=world,
+        transport=build.transport(t, config.train.fused), world=world,
+        guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks),
         seed=config.train.global_seed, settings=o, max_steps=config.train.max_steps,
         bf16=bf16, transport_late=late, late_from=t.lognorm_until or 0,
     )  # fmt: skip

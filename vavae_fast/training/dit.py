@@ -55,7 +55,7 @@ class DiTState:
             "model": self.model.state_dict(),
             "ema": self.ema(),
             "optimizer": optimizer_tensors(self.optimizer, trainable(self.model)),
-            "guard": {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+            "guard": self.guard.state_dict(),
         }
 
     def load_groups(self, groups: Groups, source: str) -> None:
@@ -63,8 +63,7 @@ class DiTState:
         load_tensors(self.model.state_dict(), groups["model"], source)
         load_optimizer_tensors(self.optimizer, named, groups["optimizer"], source)
         load_optimizer_tensors(self.optimizer, named, {f"ema.{name}": groups["ema"][name] for name in named}, source)
-        self.guard.skipped.copy_(groups["guard"]["skipped"])
-        self.guard.in_a_row.copy_(groups["guard"]["in_a_row"])
+        self.guard.load_state_dict(groups["guard"])
 
 
 def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> dict[str, Tensor]:
@@ -72,6 +71,8 @@ def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> di
 
     A non-finite gradient leaves weights, moments and EMA as they were and counts in `guard.skipped`.
     """
+    if state.transport_late is not None and step == state.late_from:
+        state.guard.expect_another_loss()
     set_learning_rate(state.optimizer, state.learning_rate(step))
     set_ema_decay(state.optimizer, state.ema_decay, step, state.ema_warmup)
     means: dict[str, Tensor] = {}

@@ -1,11 +1,19 @@
-"""The guard against non-finite gradients: such a step changes nothing, is counted, and too many in a row end the run."""
+"""The guard of a run. A step with a non-finite gradient changes nothing, is counted, and too many in a row end the run; a loss that
+leaps up sends the run back to a checkpoint from before, and past the batches in between (Chowdhery et al. 2022, PaLM, section 5.1)."""
 
+import math
+import statistics
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from vavae_fast.errors import BadInput
+
+WINDOW = 128  # log lines that a loss is compared with
+LEAST = 20  # of them, before it is
+SIGMAS = 6.0  # a spike stands out by so many standard deviations of the window
+RISE = 0.1  # and by this part of its mean
 
 
 class Guard:
@@ -15,10 +23,24 @@ class Guard:
     step count and average as they were, and they divide gradients by `grad_scale`, which is how clipping costs no pass of its own.
     """
 
-    def __init__(self, device: torch.device, max_skipped: int):
+    def __init__(self, device: torch.device, max_skipped: int, max_rollbacks: int = 0):
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.max_skipped = max_skipped
+        self.max_skipped, self.max_rollbacks = max_skipped, max_rollbacks
+        self.losses: list[float] = []  # of the last log lines
+        self.rollbacks, self.passed_over = 0, 0  # how often the run went back; how many steps' batches it left out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        counts = dict(rollbacks=torch.tensor(self.rollbacks), passed_over=torch.tensor(self.passed_over))
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": torch.tensor(self.losses, dtype=torch.float64), **counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """What `state_dict` gave; earlier versions knew only the first two."""
+        self.skipped.copy_(state["skipped"])
+        self.in_a_row.copy_(state["in_a_row"])
+        if "losses" in state:
+            self.losses = state["losses"].tolist()
+            self.rollbacks, self.passed_over = int(state["rollbacks"]), int(state["passed_over"])
 
     def step(self, norms: Mapping[torch.optim.Optimizer, Tensor], max_norm: float | None = None) -> Tensor:
         """Step every optimizer if the L2 norms of their gradients, () tensors, are all finite; the gradients of each are scaled
@@ -31,6 +53,25 @@ class Guard:
         self.skipped += ~ok
         self.in_a_row = torch.where(ok, 0, self.in_a_row + 1)
         return ok
+
+    def spiked(self, loss: float) -> bool:
+        """Whether the mean loss of a log line stands out from those before; one that does not joins them. Never with max_rollbacks 0."""
+        if self.max_rollbacks == 0 or not math.isfinite(loss):
+            return False
+        if len(self.losses) >= LEAST:
+            mean = statistics.fmean(self.losses)
+            if loss > mean + max(SIGMAS * statistics.pstdev(self.losses), RISE * abs(mean)):
+                return True
+        self.losses = [*self.losses[1 - WINDOW :], loss]
+        return False
+
+    def expect_another_loss(self) -> None:
+        """Forget the window: what follows is another distribution of t, or another objective."""
+        self.losses = []
+
+    def went_back(self, before: "Guard", steps: int) -> None:
+        """Note that a run whose guard was `before` is `steps` back; this guard came from the checkpoint."""
+        self.rollbacks, self.passed_over = before.rollbacks + 1, before.passed_over + steps
 
     def check(self, step: int) -> None:
         """Called at log lines: `BadInput` when the last `max_skipped` steps or more were all skipped."""

@@ -5,6 +5,7 @@ resume from the newest complete checkpoint, means since the last log line read w
 the background, SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) answered by a checkpoint.
 """
 
+import copy
 import resource
 import signal
 import time
@@ -105,7 +106,7 @@ def _newest(folder: Path, log: RunLog) -> tuple[Path | None, int]:
 def train(
     state: State,
     step: Callable[[State, int, list[Any]], dict[str, Tensor]],
-    batches: Iterator[list[Any]],
+    batches: Callable[[int], Iterator[list[Any]]],
     settings: LoopSettings,
     world: World,
     log: RunLog,
@@ -113,16 +114,20 @@ def train(
     observers: Sequence[Observer] = (),
     after_save: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run steps `start` to `max_steps`; `batches` gives a step's micro-batches. Returns the number of steps done.
+    """Run steps `start` to `max_steps`; `batches(n)` gives each step's micro-batches from the n-th on. Returns the number of steps done.
 
     A line is logged every `log_every` steps and where an observer looks; the time that observers take is no training time.
+    Where the loss of a line leaps up, the run goes back to a checkpoint from before that line, and on with batches not seen yet.
     """
     meter = _Meter(settings.global_batch, settings.peak_images_per_second)
     checkpoint_folder = settings.folder / "checkpoints"
-    with StopSignal() as stop, Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver:
-        for done in range(start + 1, settings.max_steps + 1):
+    done = logged = start
+    with StopSignal() as stop, Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver, _Feed(batches) as feed:
+        feed.begin(start + state.guard.passed_over)
+        while done < settings.max_steps:
+            done += 1
             with meter.waiting():
-                micro_batches = next(batches)
+                micro_batches = next(feed.steps)
             meter.add(step(state, done - 1, micro_batches))
             if done == start + 1:
                 world.steps_begin()
@@ -134,6 +139,12 @@ def train(
                     values |= observer.look(done)
                 log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
                 state.guard.check(done)
+                if state.guard.spiked(values["loss"]) and (target := _go_back(state, done, logged, values["loss"], saver, world, log)) is not None:
+                    done = logged = target
+                    feed.begin(done + state.guard.passed_over)
+                    meter.restart()
+                    continue
+                logged = done
                 meter.restart()
             stopped = world.any(stop.name is not None)
             saver.check()
@@ -147,6 +158,50 @@ def train(
                 log.say(f"{who}: saved step {done} in {checkpoint_folder}; the same command continues from there")
                 return done
     return settings.max_steps
+
+
+def _go_back(state: State, done: int, logged: int, loss: float, saver: Saver, world: World, log: RunLog) -> int | None:
+    """Load the newest whole checkpoint of step `logged`, the last good line's, or before, and drop those after it. Returns its step.
+
+    None, and nothing done, without one. `BadInput` when the run has gone back as often as it may.
+    """
+    saver.finish()
+    spike = f"the loss leapt to {loss:.4g} at step {done}"
+    if state.guard.rollbacks >= state.guard.max_rollbacks:
+        raise BadInput(
+            f"{saver.folder.parent}: {spike}, for the {state.guard.rollbacks + 1}. time; lower the learning rate, clip gradients "
+            "(max_grad_norm), set model.use_qknorm=true, or train.max_rollbacks=0 to go on all the same"
+        )
+    target = world.from_main(saver.rewind(logged) if world.main else None)
+    if target is None:
+        log.say(f"{spike}; there is no checkpoint from before, so the run goes on")
+        return None
+    groups, manifest = load_checkpoint(target, verify=False)
+    before = copy.copy(state.guard)
+    state.load_groups(groups, str(target))
+    state.guard.went_back(before, done - manifest["step"])
+    log.forget_after(manifest["step"])
+    log.say(f"{spike}: back to {target}, and past the batches since ({state.guard.rollbacks}. of {state.guard.max_rollbacks} times)")
+    return manifest["step"]
+
+
+class _Feed:
+    """The steps' micro-batches, from where `begin` says; closes what it leaves."""
+
+    def __init__(self, batches: Callable[[int], Iterator[list[Any]]]):
+        self.batches = batches
+        self.steps: Iterator[list[Any]] = iter(())
+
+    def begin(self, step: int) -> None:
+        self.__exit__()
+        self.steps = self.batches(step)
+
+    def __enter__(self) -> "_Feed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self.steps, "close"):
+            self.steps.close()
 
 
 class _Meter:

@@ -27,7 +27,7 @@ from vavae_fast.errors import BadInput
 from vavae_fast.training.checkpoint import ROWS, Groups, checkpoint_fault, checkpoints, step_folder, write_tensors
 from vavae_fast.training.parallel import first_row, is_sharded, local_rows, shard_place
 
-HELD_OUT = "held_out_loss"  # the key of metrics.jsonl by which a checkpoint is the best
+HELD_OUT = "valid_mse"  # the key of metrics.jsonl by which a checkpoint is the best
 PINNED = "pinned"  # an empty file of this name in a checkpoint's folder keeps it
 FAILURES = 3  # saves that may fail in a row
 PATIENCE = 60.0  # seconds that a failing run waits for the save in flight
@@ -176,8 +176,11 @@ def retain(folder: Path, keep: Retention, verified: set[Path]) -> None:
     best = _best(whole, folder.parent / "metrics.jsonl")
     for path in whole[: -keep.last]:
         if path != best and not (path / PINNED).exists() and not (keep.every and _step(path) % keep.every == 0):
-            doomed = path.rename(path.with_name(path.name + ".del"))  # a half removed folder must not have a checkpoint's name
-            shutil.rmtree(doomed)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path.rename(path.with_name(path.name + ".del")))  # a half removed folder must not have a checkpoint's name
 
 
 def _step(path: Path) -> int:
@@ -219,6 +222,17 @@ class Saver:
         """Say what became of a save that has ended; costs nothing while it runs."""
         if self.job is not None and not self.job.is_alive():
             self._settle()
+
+    def rewind(self, step: int) -> Path | None:
+        """The newest whole checkpoint of `step` or before; those after it are removed. None, and nothing removed, without one."""
+        whole = [path for path in checkpoints(self.folder) if _step(path) <= step and checkpoint_fault(path) is None]
+        if not whole:
+            return None
+        for path in checkpoints(self.folder):
+            if path > whole[-1]:
+                self.verified.discard(path)
+                _remove(path)
+        return whole[-1]
 
     def finish(self) -> None:
         """Wait for the save in flight. `BadInput` when the newest checkpoint could not be saved."""

@@ -68,7 +68,7 @@ class TokenizerState:
             "discriminator": self.discriminator.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.trained()),
             "optimizer_disc": optimizer_tensors(self.optimizer_disc, trainable(self.discriminator)),
-            "guard": {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+            "guard": self.guard.state_dict(),
         }
 
     def load_groups(self, groups: Groups, source: str) -> None:
@@ -76,8 +76,7 @@ class TokenizerState:
         load_tensors(self.discriminator.state_dict(), groups["discriminator"], source)
         load_optimizer_tensors(self.optimizer, self.trained(), groups["optimizer"], source)
         load_optimizer_tensors(self.optimizer_disc, trainable(self.discriminator), groups["optimizer_disc"], source)
-        self.guard.skipped.copy_(groups["guard"]["skipped"])
-        self.guard.in_a_row.copy_(groups["guard"]["in_a_row"])
+        self.guard.load_state_dict(groups["guard"])
 
 
 def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBatch]) -> dict[str, Tensor]:
