@@ -15,7 +15,7 @@ def vf_gram(projection, gram, F, C, w_f, w_c, P: tl.constexpr, R: tl.constexpr):
     gram_PP = tl.zeros((P, P), tl.float64)
     first = tl.program_id(0) * R
     projection += first.to(tl.int64) * w_f
-    for r in tl.range(tl.minimum(R, F - first), loop_unroll_factor=8):  # unrolled for eight loads in flight
+    for r in tl.range(tl.minimum(R, F - first), loop_unroll_factor=4):  # four loads in flight
         w_P = tl.load(projection + r * w_f + c_P * w_c, mask=c_P < C, other=0.0).to(tl.float64)
         gram_PP += w_P[:, None] * w_P[None, :]
     tl.store(gram + (tl.program_id(0) * P + c_P[:, None]) * P + c_P[None, :], gram_PP)

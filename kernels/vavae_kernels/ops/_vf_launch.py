@@ -112,12 +112,12 @@ def _pairs(y: Tensor, features: Tensor, norms: Tensor, distmat_margin: float, dy
     """y (B, N, C); writes dy -> terms of mdms."""
     B, N, C = y.shape
     F = features.shape[1]
+    P = min(_padded(C), CHANNELS)
     wide = dict(Y_WIDE=_is_wide(y), F_WIDE=_is_wide(features))
-    default = Config((64, 64, 64), 8, 3) if C <= MAX_LATENT and not wide["F_WIDE"] else Config((64, 32, 32), 8, 2)
+    default = Config((64, 64, 64), 8, 3) if P <= 32 and not wide["F_WIDE"] else Config((64, 32, 32), 8, 2)  # registers decide
     config = choose("vf_pairs", (C, F, y.dtype, features.dtype), default, y.device)
     I, J, K = config.tile
     I, J = min(I, _padded(N)), min(J, _padded(N))
-    P = min(_padded(C), CHANNELS)
     terms = _fp32(y, (B * cdiv(N, I),))
     launch(
         vf_pairs, (len(terms), _chunks(C) if dy is not None else 1), y, features, *norms, terms, dy, B, N, C, F, *y.stride(), *features.stride(),
@@ -160,7 +160,7 @@ def _projection_shares(
     """-> shares of ∂W (splits, F, C)."""
     B, C, N = z.shape
     F, P = basis.shape
-    config = choose("vf_projection_backward", (C, F, z.dtype, features.dtype), Config((64, 32 if _is_wide(features) else 64), 4, 3), z.device)
+    config = choose("vf_projection_backward", (C, F, z.dtype, features.dtype), Config((64, 32), 4, 4), z.device)
     R, I = config.tile
     I = min(I, _padded(N))
     splits = min(power_of_two(processors(z.device) / cdiv(F, R)), power_of_two(B * cdiv(N, I)))

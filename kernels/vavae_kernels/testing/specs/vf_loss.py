@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..._launch import Config
 from ...ops.vf_loss import vf_loss, vf_loss_reference
 from ..spec import Dtypes, Inputs, Shape, Spec
 
@@ -73,4 +74,9 @@ SPEC = Spec(
     real={"f16d32": dict(B=32, C=32, F=1024, H=16, W=16), "512": dict(B=16, C=32, F=1024, H=32, W=32)},
     bytes=_bytes,
     registers=255,
+    configs={
+        "vf_tokens": (Config((32, 64), 4, 3), Config((64, 64), 4, 3), Config((64, 32), 4, 3)),
+        "vf_pairs": (Config((64, 64, 64), 8, 3), Config((64, 64, 64), 4, 3), Config((64, 128, 64), 8, 3), Config((32, 64, 64), 4, 3)),
+        "vf_projection_backward": (Config((64, 32), 4, 4), Config((64, 64), 4, 3), Config((128, 32), 8, 3)),
+    },
 )
