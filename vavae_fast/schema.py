@@ -239,9 +239,10 @@ class LightningDiTLogConfig(LogConfig):
     valid_num: int = 2048  # latents of data.valid_path it is the mean over, evenly spread; all where there are fewer
     samples_every: int | None = None  # steps from one grid of samples (by the averaged weights, sample.*) to the next; null: none
     samples_num: int = 16  # images of a grid
+    layers_every: int | None = 1000  # steps from one look at each layer's attention logits and residual stream to the next; null: none
 
     def __post_init__(self):
-        for key in ("valid_every", "valid_num", "samples_every", "samples_num"):
+        for key in ("valid_every", "valid_num", "samples_every", "samples_num", "layers_every"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
 

@@ -31,7 +31,7 @@ def test_a_run_folder_holds_what_it_promises(tiny):
     run = tiny.dit_run
     parts = ("ema", "guard", "model", "optimizer")
     expected = [f"{STEP.format(s)}/{name}.safetensors" for s in (2, 4) for name in parts] + [f"{STEP.format(s)}/manifest.json" for s in (2, 4)]
-    assert set(files(run)) == {*expected, "config.yaml", "log.txt", "manifest.json", "metrics.jsonl", "report.html"}
+    assert set(files(run)) == {*expected, "config.yaml", "log.txt", "layers.jsonl", "manifest.json", "metrics.jsonl", "report.html"}
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["kind"] == "run" and manifest["processes"] == 1 and manifest["data"]["count"] == 16
     assert manifest["data"]["tokenizer"] == json.loads((tiny.latents / "manifest.json").read_text())["facts"]["tokenizer"]

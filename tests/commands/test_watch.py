@@ -12,7 +12,7 @@ from tiny import contents, copy, done, files, launched, metrics
 from vavae_fast.cli import main
 
 STEP = "checkpoints/step_{:08d}"
-WATCHED = ("log.valid_every=2", "log.valid_num=6", "log.samples_every=3", "log.samples_num=5")
+WATCHED = ("log.valid_every=2", "log.valid_num=6", "log.samples_every=3", "log.samples_num=5", "log.layers_every=2")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ def test_held_out_loss_is_logged_of_both_weights_and_by_t(watched):
         assert bins and all(re.fullmatch(r"valid_mse_t0\.\d", key) for key in bins)
         assert min(bins.values()) <= found["valid_mse"] <= max(bins.values())
         assert 0 < found["valid_mse_model"] != found["valid_mse"]
+
+
+def test_layers_are_looked_at(watched):
+    """The largest of all layers among the metrics, every layer in a file of its own."""
+    lines = [m for m in metrics(watched) if "attention_logit" in m]
+    layers = [json.loads(line) for line in (watched / "layers.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == [found["step"] for found in layers] == [2, 4]
+    for line, found in zip(lines, layers):
+        assert line["attention_logit"] == max(found["attention_logit"]) == found["attention_logit"][int(line["attention_logit_layer"])] > 0
+        assert line["residual_rms"] == max(found["residual_rms"]) > 0
 
 
 def test_a_resumed_run_measures_the_same(tiny, held_out, watched, out):
@@ -145,7 +155,7 @@ def test_how_a_run_is_watched_may_change(tiny, held_out, out):
 def test_two_processes_with_sharded_weights_measure_draw_and_train_as_one(tiny, held_out, watched, out):
     launched(2, "train", *tiny.dit(out, "dit", f"data.valid_path={held_out}", *WATCHED, "train.shard=full"))
     for ours, theirs in zip(metrics(out / "dit"), metrics(watched), strict=True):
-        keys = [key for key in theirs if key.startswith("valid") or key in ("loss", "mse", "grad_norm")]
+        keys = [key for key in theirs if key.startswith("valid") or key in ("loss", "mse", "grad_norm", "attention_logit")]
         assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-4), theirs["step"]
     ours, theirs = (np.asarray(Image.open(run / "samples" / "step_00000004.png")).astype(int) for run in (out / "dit", watched))
     assert np.abs(ours - theirs).max() <= 1

@@ -1,11 +1,13 @@
 """What a LightningDiT run looks at while it trains: held-out loss, grids of samples, the share of the device's peak. From `log:` and
 `data.valid_path` of the config; nothing here changes what is trained."""
 
+import json
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from vavae_fast import rng
 from vavae_fast.commands import build
 from vavae_fast.commands.sample import sampler_settings
 from vavae_fast.config import LightningDiTConfig, given_path
@@ -14,16 +16,19 @@ from vavae_fast.distributed import World
 from vavae_fast.errors import BadInput, require
 from vavae_fast.flow.generate import LatentScale, SamplerSettings, generate_latents
 from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.models.diagnostics import layer_statistics
 from vavae_fast.models.lightningdit_cost import flops_per_image
 from vavae_fast.pixels import to_uint8
 from vavae_fast.training.averaged import averaged_weights, evaluating
 from vavae_fast.training.boards import require_boards
 from vavae_fast.training.device_peaks import peak_flops
 from vavae_fast.training.dit import DiTState
-from vavae_fast.training.heldout import held_out_loss, read_held_out
+from vavae_fast.training.heldout import SEED, held_out_loss, read_held_out, spread_rows
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import Observer
 from vavae_fast.training.previews import latent_pixels, preview_labels, write_preview
+
+LOOKED_AT = 8  # latents for the statistics of layers
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,33 @@ def observers(config: LightningDiTConfig, watch: Watch, latents: Latents, state:
         found.append(Observer(config.log.valid_every, _held_out_look(config, watch.held_out, latents, state, micro_batch)))
     if watch.sampler is not None:
         found.append(Observer(config.log.samples_every, _samples_look(config, watch, latents, state, micro_batch, log)))
+    if config.log.layers_every is not None:
+        found.append(Observer(config.log.layers_every, _layers_look(config, latents, state, log)))
     return found
+
+
+def _layers_look(config: LightningDiTConfig, latents: Latents, state: DiTState, log: RunLog):
+    """The same few latents, noise and times at every look."""
+    device = state.world.device
+    rows = torch.from_numpy(spread_rows(len(latents), LOOKED_AT))
+    x1, y = latents.read(rows).to(device), latents.labels[rows].to(device)
+    if config.data.latent_norm:
+        x1 = (x1 - latents.mean.to(device)) / latents.std.to(device)
+    x1, t = x1 * config.data.latent_multiplier, (torch.arange(len(rows), device=device) + 0.5) / len(rows)
+    x0 = rng.normal(SEED, rows.to(device), like=x1)
+    x = torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
+
+    def look(step: int) -> dict[str, float]:
+        """`attention_logit`: the largest of all layers, and which layer's; `residual_rms` likewise. All layers go to layers.jsonl."""
+        with evaluating(state.model), torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+            statistics = {name: values.tolist() for name, values in layer_statistics(state.model, x, t, y).items()}
+        if state.world.main:
+            with open(log.folder / "layers.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | statistics) + "\n")
+        largest = {name: max(values) for name, values in statistics.items()}
+        return largest | {"attention_logit_layer": float(statistics["attention_logit"].index(largest["attention_logit"]))}
+
+    return look
 
 
 def _held_out_look(config: LightningDiTConfig, store: ShardStore, latents: Latents, state: DiTState, micro_batch: int):

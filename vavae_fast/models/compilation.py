@@ -4,6 +4,8 @@ By region: one graph for a block, compiled once and shared by all blocks of a mo
 is compiled, so that hooks on a module, FSDP's among them, stay outside; keys of the state dict do not change.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,3 +20,14 @@ def compile_forward(model: LightningDiT, regions: Regions, backend: str = "induc
     compiled = {"none": (), "blocks": model.blocks, "model": (model,)}
     for module in compiled[regions]:
         module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True, backend=backend)
+
+
+@contextmanager
+def as_it_is(model: LightningDiT) -> Iterator[None]:
+    """Inside, nothing is compiled: for the odd batch that is not worth a graph of its own."""
+    compiled = [(module, module.__dict__.pop("forward")) for module in (model, *model.blocks) if "forward" in module.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in compiled:
+            module.forward = forward

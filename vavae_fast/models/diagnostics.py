@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vavae_fast.models.compilation import as_it_is
 from vavae_fast.models.lightningdit import LightningDiT, LightningDiTBlock
 from vavae_fast.models.lightningdit_layers import modulate
 
@@ -32,7 +33,8 @@ def layer_statistics(model: LightningDiT, x: Tensor, t: Tensor, y: Tensor) -> di
 
     hooks = [block.register_forward_pre_hook(look) for block in model.blocks]
     try:
-        model(x, t, y)
+        with as_it_is(model):
+            model(x, t, y)
     finally:
         for hook in hooks:
             hook.remove()
