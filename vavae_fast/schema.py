@@ -35,6 +35,7 @@ class DataConfig:
     # ours
     path: str | None = None  # images
     flip: bool = True  # take the mirrored latent half of the time, as the reference does
+    latents_in: Literal["stream", "ram", "gpu"] = "stream"  # read ahead from disk, or every process holds all latents in memory
 
     def __post_init__(self):
         require(self.image_size > 0, "image_size", self.image_size, "above 0")

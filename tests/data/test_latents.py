@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vavae_fast.data import LatentStream, Share, latent_statistics, open_latents, write_statistics
+from vavae_fast.data import LatentStream, Share, latent_statistics, open_latents, resident, write_statistics
 from vavae_fast.errors import BadInput
 
 SHAPE = (3, 4, 4)
@@ -394,3 +394,19 @@ def test_labels_belong_to_their_latents(folder, shards):
     for batch in take(latents, Share(4), 4, latent_norm=False, flip=False):
         index = (batch.latents.flatten(1)[:, None] == plain).all(-1).int().argmax(1)
         assert torch.equal(latents.labels[index], batch.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flip", [True, False])
+def test_resident_latents_are_the_streams_to_the_bit(tmp_path, dtype, flip):
+    latents = open_latents(write_reference_folder(tmp_path / "l", [shard(5, 1, dtype=dtype), shard(9, 2, dtype=dtype)]))
+    for share in (Share(8), Share(8, 1, 2, 2)):
+        ours, theirs = (take(latents, share, 4, flip=flip, resident=where) for where in ("cpu", None))
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.latents, b.latents) and torch.equal(a.labels, b.labels) and torch.equal(a.index, b.index)
+
+
+def test_latents_that_do_not_fit_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(resident, "_free_bytes", lambda device: 1000)
+    with pytest.raises(BadInput, match="of latents do not fit into 1.0 kB of free cpu memory; set data.latents_in=stream"):
+        LatentStream(open_latents(folder), 0, Share(4), resident="cpu")

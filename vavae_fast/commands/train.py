@@ -173,7 +173,9 @@ def _run(plan: TrainPlan, world) -> Path:
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     peak = peak_images_per_second(state.model, world, log)
     share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
-    stream = LatentStream(plan.latents, c.global_seed, share, config.data.latent_norm, config.data.latent_multiplier, config.data.flip, world.device)
+    d = config.data
+    resident = {"stream": None, "ram": "cpu", "gpu": world.device}[d.latents_in]
+    stream = LatentStream(plan.latents, c.global_seed, share, d.latent_norm, d.latent_multiplier, d.flip, world.device, resident=resident)
     settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every),
                             facts, peak)  # fmt: skip
     looks = observers(config, plan.watch, plan.latents, state, plan.micro_batch, log)

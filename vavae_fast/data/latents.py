@@ -123,10 +123,10 @@ def _read_run(shard: Shard, file: BinaryIO, rows: list[memoryview], offset: int)
 
 
 class Latents:
-    """`len`, `labels` (N,) int64, `mean` and `std` (1, C, 1, 1) float32, `shape` (C, H, W), `channels`, `manifest`, `read`."""
+    """`len`, `labels` (N,) int64, `mean` and `std` (1, C, 1, 1) float32, `shape` (C, H, W), `dtype` stored, `channels`, `manifest`, `read`."""
 
     def __init__(self, store: ShardStore, mean: Tensor, std: Tensor):
-        self.folder, self.shape, self.channels = store.folder, store.shape, store.shape[0]
+        self.folder, self.shape, self.dtype, self.channels = store.folder, store.shape, store.dtype, store.shape[0]
         self.labels, self.manifest, self.mean, self.std = store.labels, store.manifest, mean, std
         self._store = store
 

@@ -15,6 +15,7 @@ from vavae_fast.data.images import ImageBatch, Images
 from vavae_fast.data.latents import Latents
 from vavae_fast.data.order import RunOrder, check_shares, micro_batches
 from vavae_fast.data.prefetch import Buffers, ahead
+from vavae_fast.data.resident import ResidentLatents
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class LatentStream:
 
     Each sample is mirrored with probability 1/2 (as the reference does it: `latents_flip` instead of `latents`), normalised
     to (x - mean) / std when latent_norm, then multiplied by multiplier. threads read ahead; on a GPU the copy and the
-    arithmetic run there.
+    arithmetic run there. resident ("cpu" or a device): all latents are read into its memory first, by every process for itself.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LatentStream:
         flip: bool = True,
         device: torch.device | str = "cpu",
         threads: int = 2,
+        resident: torch.device | str | None = None,
     ):
         self.latents, self.seed, self.share, self.flip, self.threads = latents, seed, share, flip, threads
         self.device, self.multiplier = torch.device(device), multiplier
@@ -76,6 +78,7 @@ class LatentStream:
         self._buffers = Buffers((share.micro, *latents.shape))
         self._mean = latents.mean.to(self.device) if latent_norm else None
         self._std = latents.std.to(self.device) if latent_norm else None
+        self._resident = ResidentLatents(latents, flip, torch.device(resident)) if resident is not None else None
 
     def batches(self, start: int = 0) -> Iterator[LatentBatch]:
         """From step `start` on, without end; close the iterator to end its threads."""
@@ -85,9 +88,15 @@ class LatentStream:
 
     def _read(self, positions: np.ndarray) -> LatentBatch:
         indices, mirrored = self._order(positions)
+        mirrored &= self.flip
         pinned = self.device.type == "cuda"
+        if self._resident is not None:
+            rows = self._resident.read(indices, mirrored)
+            rows = rows.pin_memory() if pinned and not rows.is_cuda else rows
+            batch = LatentBatch(rows, self.latents.labels[indices], torch.from_numpy(positions))
+            return batch if pinned else self._normalised(batch)
         out = torch.empty(self._buffers.shape, pin_memory=True) if pinned else self._buffers.take()
-        self.latents.read(indices, mirrored if self.flip else False, out)
+        self.latents.read(indices, mirrored, out)
         labels, index = self.latents.labels[indices], torch.from_numpy(positions)
         if pinned:
             return LatentBatch(out, labels.pin_memory(), index.pin_memory())
