@@ -84,30 +84,6 @@ def test_a_killed_writers_rest_goes_with_the_next_write(tmp_path):
     assert names(tmp_path) == ["a.bin"] and (tmp_path / "a.bin").read_text() == "whole"
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    final = tmp_path / "step"
-    with pytest.raises(Crash), artifacts.replacing_folder(final) as temporary:
-        (temporary / "a").write_text("1")
-        raise Crash
-    assert names(tmp_path) == []
-    (tmp_path / "step.tmp").mkdir()
-    (tmp_path / "step.tmp" / "litter").write_text("of a killed writer")
-    with artifacts.replacing_folder(final) as temporary:
-        (temporary / "sub").mkdir()
-        (temporary / "sub" / "a").write_text("1")
-        assert not final.exists()
-    assert names(tmp_path) == ["step"] and names(final) == ["sub"]
-
-
-def test_a_folder_is_never_written_over(tmp_path):
-    final = tmp_path / "step"
-    final.mkdir()
-    (final / "old").write_text("1")
-    with pytest.raises(OSError), artifacts.replacing_folder(final) as temporary:
-        (temporary / "new").write_text("2")
-    assert names(tmp_path) == ["step"] and names(final) == ["old"]
-
-
 def test_json_round_trip_and_refusals(tmp_path):
     path = tmp_path / "a.json"
     artifacts.write_json(path, {"b": [1, 2.5, None, "é"]})

@@ -6,6 +6,7 @@ gradients over micro-batches and processes, moments and EMA are fp32. Norm weigh
 whole on every process, and their gradients are averaged as without FSDP.
 """
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -39,6 +40,8 @@ def shard(model: nn.Module, world: World, mode: str, bf16: bool) -> nn.Module:
     dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
     spread = {p for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters(recurse=False)}
     settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False), ignored_params=set(model.parameters()) - spread)
+    # The model's output may be a view, of which FSDP warns on every process: nothing here writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in model.blocks:
         fully_shard(block, **settings)
     return fully_shard(model, **settings)
