@@ -91,7 +91,7 @@ def _operators(torch) -> str:
         return f"reference path (PyTorch), no CUDA GPU: {names}"
     if not _found("triton"):
         return f"reference path (PyTorch), Triton is missing (pip install triton): {names}"
-    return f"Triton kernels, except vf_loss: {names}"
+    return f"Triton kernels: {names}"
 
 
 def _found(module: str) -> bool:

@@ -15,8 +15,8 @@ def vf_gram(projection, gram, F, C, w_f, w_c, P: tl.constexpr, R: tl.constexpr):
     gram_PP = tl.zeros((P, P), tl.float64)
     first = tl.program_id(0) * R
     projection += first.to(tl.int64) * w_f
-    for r in tl.range(tl.minimum(R, F - first), loop_unroll_factor=4):  # four loads in flight
-        w_P = tl.load(projection + r * w_f + c_P * w_c, mask=c_P < C, other=0.0).to(tl.float64)
+    for r in tl.range(R, loop_unroll_factor=4):  # four loads in flight
+        w_P = tl.load(projection + r * w_f + c_P * w_c, mask=c_P < tl.where(first + r < F, C, 0), other=0.0).to(tl.float64)
         gram_PP += w_P[:, None] * w_P[None, :]
     tl.store(gram + (tl.program_id(0) * P + c_P[:, None]) * P + c_P[None, :], gram_PP)
 
@@ -318,10 +318,11 @@ def vf_projection_backward(
     q_RP = tl.load(basis + f_R[:, None] * P + c_P[None, :], mask=in_R[:, None], other=0.0)
     dw_RP = tl.zeros((R, P), tl.float32)
     tiles = tl.cdiv(N, I)
-    for tile in tl.range(split, B * tiles, SPLITS, num_stages=STAGES):
+    for step in tl.range(0, tl.cdiv(B * tiles, SPLITS), num_stages=STAGES):
+        tile = step * SPLITS + split
         b = (tile // tiles).to(tl.int64)
         n_I = ((tile % tiles) * I + tl.arange(0, I)).to(tl.int64)
-        in_I = n_I < N
+        in_I = n_I < tl.where(tile < B * tiles, N, 0)
         in_PI = (c_P < C)[:, None] & in_I[None, :]
         size_I = tl.load(dq_size + b * N + n_I, mask=in_I, other=1.0)
         dq_PI = tl.load(dq + (b * N + n_I)[None, :] * C + c_P[:, None], mask=in_PI, other=0.0)

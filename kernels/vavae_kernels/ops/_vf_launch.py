@@ -33,9 +33,7 @@ CHANNELS = 128  # of y whose gradient a program holds
 Pair = tuple[Tensor, Tensor]
 
 
-def _forward(
-    z: Tensor, projection: Tensor | None, features: Tensor, distmat_margin: float, cos_margin: float, grad: bool
-) -> tuple[Tensor, ...]:
+def _forward(z: Tensor, projection: Tensor | None, features: Tensor, distmat_margin: float, cos_margin: float, grad: bool) -> tuple[Tensor, ...]:
     """z (B, C, N), projection (F, C) or None, features (B, F, N) -> mdms, mcos, and with `grad` what `_backward` wants, else empty:
 
     ∂mdms/∂y, ∂mcos/∂y, y (B, N, C), weights of p and f in ∂mcos/∂p (2, B, N), root (C, P) and Q (F, P). All fp32 but root, fp64.
@@ -154,9 +152,7 @@ def _backward_outputs(
     return torch.empty_like(z), dw
 
 
-def _projection_shares(
-    z: Tensor, features: Tensor, g_mcos: Tensor | None, f_weight: Tensor, basis: Tensor, dq: Tensor, dq_size: Tensor
-) -> Tensor:
+def _projection_shares(z: Tensor, features: Tensor, g_mcos: Tensor | None, f_weight: Tensor, basis: Tensor, dq: Tensor, dq_size: Tensor) -> Tensor:
     """-> shares of ∂W (splits, F, C)."""
     B, C, N = z.shape
     F, P = basis.shape
