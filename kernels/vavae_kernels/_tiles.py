@@ -56,10 +56,10 @@ def store_vector(pointer, vector, D: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def zero_vector(PARTS: tl.constexpr):
-    """Tiles [P] of fp32 zeros."""
+    """Tiles [P] of fp32 zeros. Not by `tl.zeros`: Triton 3.6 passes no element of a constant tuple to a function of its library."""
     vector = ()
     for i in tl.static_range(len(PARTS)):
-        vector = vector + (tl.zeros((PARTS[i],), tl.float32),)
+        vector = vector + (tl.full((PARTS[i],), 0.0, tl.float32),)
     return vector
 
 

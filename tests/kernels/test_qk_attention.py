@@ -75,6 +75,13 @@ def test_every_head_dimension_of_the_table(head_dim):
     assert_right(draw("rms rope", N=5, D=head_dim))
 
 
+@pytest.mark.parametrize("variant", ["layer rope", "layer no affine", "rms", "plain"])
+def test_every_kind_of_prologue(variant):
+    """Those that the specs leave out."""
+    for dtypes in ("mixed", "fp16"):
+        assert_right(draw(variant, dtypes, N=20, D=72))
+
+
 @pytest.mark.parametrize("tokens", [256, 129])
 @pytest.mark.parametrize("config", specs()["qk_norm_rope_attention_fused"].configs[KERNEL], ids=str)
 def test_every_configuration_worth_trying(tokens, config):

@@ -19,6 +19,15 @@ def alignment(*strides: int) -> int:
 
 
 @triton.jit
+def zero_rows(R: tl.constexpr, PARTS: tl.constexpr):
+    """R rows of fp32 zeros; `tl.full` as in `zero_vector`."""
+    rows = ()
+    for i in tl.static_range(len(PARTS)):
+        rows = rows + (tl.full((R, PARTS[i]), 0.0, tl.float32),)
+    return rows
+
+
+@triton.jit
 def turned(row, cosines, sines, R: tl.constexpr, PARTS: tl.constexpr):
     """Each pair of a row as a complex number, times cos + i sin. A rotation: its backward is the same with -sin.
 

@@ -22,7 +22,7 @@ from .._compat import tl, triton
 from .._launch import Config, architecture, cdiv, choose, inner_contiguous, launch, row_parts
 from .._registry import register
 from .._tiles import load_rows, store_rows
-from ._heads import alignment, normalized_head, turned
+from ._heads import alignment, normalized_head, turned, zero_rows
 
 
 @triton.jit
@@ -51,9 +51,7 @@ def qk_norm_rope_attention_fwd(
 
     m_I = tl.full((I,), float("-inf"), tl.float32)
     l_I = tl.zeros((I,), tl.float32)
-    acc = ()
-    for i in tl.static_range(len(PARTS)):
-        acc = acc + (tl.zeros((I, PARTS[i]), tl.float32),)
+    acc = zero_rows(I, PARTS)
     for j in tl.range(0, N, J, num_stages=STAGES):
         k_J = (j + tl.arange(0, J)).to(index)
         k = _prepared(k_head, k_J, qkv_n, turns, k_weight, k_bias, 1.0, operand, N, D, PARTS, NORM, EPS, ALIGN, J)

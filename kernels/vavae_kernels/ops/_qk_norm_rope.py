@@ -19,7 +19,7 @@ from .._compat import tl, triton
 from .._launch import Config, cdiv, choose, inner_contiguous, launch, power_of_two, processors, row_parts
 from .._registry import register
 from .._tiles import load_rows, load_vector, row_dot, row_sum, store_rows, store_vector
-from ._heads import added, added_products, alignment, normalized_head, scaled, standardized, turned
+from ._heads import added, added_products, alignment, normalized_head, scaled, standardized, turned, zero_rows
 
 
 @triton.jit
@@ -86,11 +86,11 @@ def _backward_rows(
         sines = _even_columns(sin + n * sin_n, -1.0, D, PARTS)  # the conjugate turns back
     if weight is not None:
         weight_D = load_vector(weight, D, PARTS)
-    sum_h = _zeros(R, PARTS)
-    sum_dy = _zeros(R, PARTS)
+    sum_h = zero_rows(R, PARTS)
+    sum_dy = zero_rows(R, PARTS)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         n, b_R, h_R, in_R = _rows(first + step, N, H, BH, R)
-        dy = _zeros(R, PARTS)  # what an output that was not used sends back
+        dy = zero_rows(R, PARTS)  # what an output that was not used sends back
         if dout is not None:
             dy = load_rows(dout, tl.multiple_of(b_R * dout_b + n * dout_n + h_R * dout_h, ALIGN), in_R, D, PARTS)
         if cos is not None:
@@ -141,15 +141,6 @@ def _even_columns(table, sign: tl.constexpr, D: tl.constexpr, PARTS: tl.constexp
         row = row + (sign * tl.load(table + column_P, mask=column_P < D, other=0.0).to(tl.float32)[None, :],)
         start = start + PARTS[i]
     return row
-
-
-@triton.jit
-def _zeros(R: tl.constexpr, PARTS: tl.constexpr):
-    """R rows of zeros."""
-    rows = ()
-    for i in tl.static_range(len(PARTS)):
-        rows = rows + (tl.zeros((R, PARTS[i]), tl.float32),)
-    return rows
 
 
 @triton.jit

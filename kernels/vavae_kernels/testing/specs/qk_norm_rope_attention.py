@@ -33,7 +33,7 @@ SPEC = Spec(
     reference=qk_norm_rope_attention_reference,
     inputs=_inputs,
     gradients=("qkv", *AFFINE),
-    variants=("rope", "layer rope"),
+    variants=("rope", "rms rope"),
     dtypes=("mixed", "fp32", "fp16"),
     small={
         "two samples": dict(B=2, N=3, H=2, D=24),

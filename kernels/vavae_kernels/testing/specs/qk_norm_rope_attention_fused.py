@@ -41,7 +41,7 @@ SPEC = Spec(
     reference=qk_norm_rope_attention_reference,
     inputs=_inputs,
     gradients=(),
-    variants=("rope", "layer rope", "rms"),
+    variants=("rope", "rms rope"),
     small={
         "two samples": dict(B=2, N=16, H=3, D=72),
         "a ragged tile": dict(B=3, N=7, H=2, D=24),
