@@ -88,7 +88,7 @@ def test_without_a_tokenizer_latents_are_shown_and_that_is_said_once(tiny, out, 
 
 def test_the_report_of_a_watched_run_has_curves_and_grids(watched):
     page = (watched / "report.html").read_text()
-    for text in ("held-out loss: averaged weights", "held-out loss by t", "step_00000004", "valid_mse, last measured", "valid_every: 2"):
+    for text in ("held-out loss: averaged weights", "held-out loss by t", "step_00000004", "valid_mse, last logged", "valid_every: 2"):
         assert text in page
     assert page.count("data:image/png;base64,") == 2
 

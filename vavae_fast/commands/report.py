@@ -34,6 +34,7 @@ _PLOTS = (
 _FILES = ("metrics.jsonl", "metrics.json", "manifest.json", "config.yaml")
 _NOT_PLOTTED = ("step", "seconds")
 _MOST_PICTURES, _LARGEST_PICTURE = 6, 8 << 20  # bytes of one embedded file
+_PICTURE_WIDTH = 360  # pixels on the page that a small picture is enlarged to, about
 
 
 def arguments(parser) -> None:
@@ -120,15 +121,15 @@ def write(run: Run) -> Path:
 def _summary(run: Run) -> str:
     if not run.steps:
         return _html.paragraph("No step has been logged yet.")
-    last, seconds, rates, memory = run.steps[-1], *(values_of(run.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
+    seconds, rates, memory = (values_of(run.steps, key) for key in ("seconds", "images_per_second", "memory_gb"))
+    last = lambda key: (values_of(run.steps, key) or [None])[-1]
     rows = [
-        ("steps", last["step"]),
+        ("steps", run.steps[-1]["step"]),
         ("hours in training", sum(seconds) / 3600 if seconds else None),
         ("images a second, median", sorted(rates)[len(rates) // 2] if rates else None),
         ("peak memory, GB", max(memory, default=None)),
-        *((f"{key}, last logged", last.get(key)) for key in ("loss", "mse", "rec", "perceptual", "mcos", "mdms")),
-        *((f"{key}, last measured", (values_of(run.steps, key) or [None])[-1]) for key in ("valid_mse", "valid_mse_model")),
-        ("steps skipped, gradient not finite", last.get("skipped")),
+        *((f"{key}, last logged", last(key)) for key in ("loss", "mse", "valid_mse", "valid_mse_model", "rec", "perceptual", "mcos", "mdms")),
+        ("steps skipped, gradient not finite", last("skipped")),
     ]
     note = f"{run.unreadable} line(s) of metrics.jsonl could not be read and are left out."
     return _html.table([("", "value"), *(row for row in rows if is_number(row[1]))]) + (_html.paragraph(note) if run.unreadable else "")
@@ -172,7 +173,8 @@ def _pictures(folder: Path) -> str:
         except (UnidentifiedImageError, OSError):
             parts.append(_html.paragraph(f"{file.name} is not a readable image."))
             continue
-        parts.append(_html.figure(_html.png_image(data, size, file.stem), file.stem))
+        enlarged = max(1, _PICTURE_WIDTH // size[0])  # grids of small images: whole multiples, pixels stay sharp
+        parts.append(_html.figure(_html.png_image(data, (size[0] * enlarged, size[1] * enlarged), file.stem, exact=enlarged > 1), file.stem))
     return "".join(parts)
 
 

@@ -51,11 +51,7 @@ class RunLog:
         """One logged step: `values` hold `step`, `loss`, `lr`, `images_per_second`, `data_wait` and whatever else."""
         if self.folder is None:
             return
-        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.metrics.write(json.dumps(finite) + "\n")
-        self.metrics.flush()
-        for board in self.boards:
-            board.scalars(int(values["step"]), {key: value for key, value in values.items() if key != "step"})
+        self.values(values)
         line = progress_line(values, max_steps, seconds_left)
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         self.text.flush()
@@ -67,6 +63,16 @@ class RunLog:
         elif now - self.last_line >= QUIET_SECONDS or values["step"] >= max_steps:
             print(f"{self.title}  {line}", flush=True)
             self.last_line = now
+
+    def values(self, values: dict[str, float]) -> None:
+        """`values`, `step` among them, to metrics.jsonl and the boards; nothing on the screen."""
+        if self.folder is None:
+            return
+        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        self.metrics.write(json.dumps(finite) + "\n")
+        self.metrics.flush()
+        for board in self.boards:
+            board.scalars(int(values["step"]), {key: value for key, value in values.items() if key != "step"})
 
     def image(self, step: int, path: Path) -> None:
         """A picture in the run folder, to the boards."""

@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,7 +117,8 @@ def train(
 ) -> int:
     """Run steps `start` to `max_steps`; `batches(n)` gives each step's micro-batches from the n-th on. Returns the number of steps done.
 
-    A line is logged every `log_every` steps and where an observer looks; the time that observers take is no training time.
+    A line is logged every `log_every` steps; what an observer sees between two has a line of its own, so that nothing but
+    `log_every` sets the windows that lines and guards read. The time that observers take is no training time.
     Where the loss of a line leaps up, the run goes back to a checkpoint from before that line, and on with batches not seen yet.
     """
     meter = _Meter(settings.global_batch, settings.peak_images_per_second)
@@ -132,11 +134,11 @@ def train(
             if done == start + 1:
                 world.steps_begin()
             last = done == settings.max_steps
-            looking = [observer for observer in observers if done % observer.every == 0 or last]
-            if done % settings.log_every == 0 or last or looking:
-                values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)}
-                for observer in looking:
-                    values |= observer.look(done)
+            seen = _look(observers, done, last, meter)
+            if seen and not (done % settings.log_every == 0 or last):
+                log.values({"step": done} | seen)
+            if done % settings.log_every == 0 or last:
+                values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)} | seen
                 log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
                 state.guard.check(done)
                 if state.guard.spiked(values["loss"]) and (target := _go_back(state, done, logged, values["loss"], saver, world, log)) is not None:
@@ -158,6 +160,16 @@ def train(
                 log.say(f"{who}: saved step {done} in {checkpoint_folder}; the same command continues from there")
                 return done
     return settings.max_steps
+
+
+def _look(observers: Sequence[Observer], done: int, last: bool, meter: "_Meter") -> dict[str, float]:
+    """The values of those that are due."""
+    seen: dict[str, float] = {}
+    for observer in observers:
+        if done % observer.every == 0 or last:
+            with meter.paused():
+                seen |= observer.look(done)
+    return seen
 
 
 def _go_back(state: State, done: int, logged: int, loss: float, saver: Saver, world: World, log: RunLog) -> int | None:
@@ -222,6 +234,15 @@ class _Meter:
         self.sums: dict[str, Tensor] = {}
         self.steps, self.waited, self.started = 0, 0.0, time.perf_counter()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside takes no time of the window. Waits for the device, which may be steps behind."""
+        _wait_for_device()
+        paused = time.perf_counter()
+        yield
+        _wait_for_device()
+        self.started += time.perf_counter() - paused
+
     def waiting(self) -> "_Meter":
         return self
 
@@ -255,6 +276,11 @@ class _Meter:
         else:
             self.seconds_a_step = seconds / self.steps
             self.paced_from, self.paced_steps = now, 0
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _peak_memory() -> int:
