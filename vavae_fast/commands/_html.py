@@ -234,7 +234,7 @@ def _style() -> str:
         "h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.5rem;border-bottom:1px solid var(--edge);padding-bottom:.2rem}"
         "p{max-width:46rem}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}"
         "th,td{padding:.25rem .8rem .25rem 0;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top;overflow-wrap:anywhere}"
-        "th{font-weight:600}tbody th{font-weight:400;color:var(--soft)}td.n{text-align:right}"
+        "th{font-weight:600}tbody th{font-weight:400;color:var(--soft);min-width:9rem}td.n{text-align:right}"
         ".plot{display:inline-block;width:100%;max-width:33rem;vertical-align:top;margin:0 1rem 1rem 0}svg{width:100%;height:auto;display:block}"
         ".grid{stroke:var(--edge);stroke-width:.6}.frame{fill:none;stroke:var(--soft)}.line{fill:none;stroke-width:1.6;stroke-linejoin:round}"
         ".dashed{stroke-dasharray:5 3}.tick{font-size:11px;fill:var(--soft)}.title{margin:0;font-size:.88rem;font-weight:600}"

@@ -27,7 +27,8 @@ _PLOTS = (
     ("valid_mse_model", "held-out mse, weights in training", False), ("rec", "reconstruction", False), ("perceptual", "perceptual loss", False),
     ("mcos", "alignment: marginal cosine", False), ("mdms", "alignment: marginal distance matrix", False),
     ("kl", "KL to the prior, nats an image", True), ("g_loss", "adversary: generator", False), ("d_loss", "adversary: discriminator", False),
-    ("grad_norm", "gradient norm", True), ("lr", "learning rate", False), ("images_per_second", "images a second", False),
+    ("grad_norm", "gradient norm", True), ("attention_logit", "largest attention logit of any layer", True),
+    ("lr", "learning rate", False), ("images_per_second", "images a second", False),
     ("mfu", "MFU", False), ("data_wait", "share of the time spent waiting for data", False), ("memory_gb", "peak memory, GB", False),
 )  # fmt: skip
 _AXES = {"step": "step", "images": "images seen", "hours": "hours in training"}

@@ -24,6 +24,8 @@ _PLOTS = (
     ("adversary", ("g_loss", "d_loss", "logits_real", "logits_fake"), False),
     ("adaptive weights", ("vf_weight", "d_weight"), True),
     ("gradient norm", ("grad_norm",), True),
+    ("largest attention logit of any layer", ("attention_logit",), True),
+    ("largest RMS of the residual stream", ("residual_rms",), True),
     ("learning rate", ("lr",), False),
     ("images a second", ("images_per_second",), False),
     ("MFU: share of the device's peak", ("mfu",), False),
@@ -32,7 +34,7 @@ _PLOTS = (
     ("skipped steps", ("skipped",), False),
 )
 _FILES = ("metrics.jsonl", "metrics.json", "manifest.json", "config.yaml")
-_NOT_PLOTTED = ("step", "seconds")
+_NOT_PLOTTED = ("step", "seconds", "attention_logit_layer")
 _MOST_PICTURES, _LARGEST_PICTURE = 6, 8 << 20  # bytes of one embedded file
 _PICTURE_WIDTH = 360  # pixels on the page that a small picture is enlarged to, about
 
