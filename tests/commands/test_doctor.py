@@ -15,6 +15,7 @@ def test_the_report(capsys):
     assert lines[0].startswith("system ") and f"torch       {torch.__version__}" in lines[1] and "gloo" in lines[2]
     for distribution, *_ in doctor.OPTIONAL:
         assert sum(line.startswith(distribution) for line in lines) == 1
+    assert next(line for line in lines if line.startswith("nvcc")).split()[1] in ("present", "missing")
     operators = next(line for line in lines if line.startswith("operators"))
     assert all(name in operators for name in ("vf_loss", "swiglu", "qk_norm_rope"))
     assert lines[-1].startswith("ready: ") and ("GPU" in lines[-1])

@@ -61,6 +61,7 @@ def report() -> list[str]:
         state = importlib.metadata.version(distribution) if found and _has_metadata(distribution) else ("present" if found else "missing")
         lines.append(f"{distribution:<20} {state:<12} {purpose}" + ("" if found else f"; {cure}"))
     lines.append(f"{'apex (NVIDIA)':<20} {_apex():<12} a baseline of the benchmarks, never needed")
+    lines.append(f"{'nvcc':<20} {_nvcc()}")
     lines += ["", "operators   " + _operators(torch)]
     lines += ["ready: " + ("GPU and CPU" if torch.cuda.is_available() else "CPU; no CUDA GPU was found")]
     return lines
@@ -115,6 +116,15 @@ def _has_metadata(distribution: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _nvcc() -> str:
+    from vavae_kernels import _extension
+
+    try:
+        return f"{'present':<12} compiles AdamWEMA's step: {_extension.nvcc()}"
+    except _extension.BuildError:
+        return f"{'missing':<12} compiles AdamWEMA's step, else torch's fused AdamW runs; put CUDA's compiler on PATH, or set CUDA_HOME"
 
 
 def _apex() -> str:
