@@ -92,6 +92,7 @@ def test_presets_are_sample_keys(tmp_path, preset):
         ("train.max_steps=0", ["train.max_steps: must be above 0, got 0"]),
         ("train.max_steps=1.5", ["train.max_steps: expected a whole number, got 1.5"]),
         ("train.keep_last=1", ["train.keep_last: must be 2 or more"]),
+        ("train.keep_every=0", ["train.keep_every: must be above 0"]),
         ("train.ckpt=a.pt", ["train.ckpt", "train.weight_init"]),
         ("log.valid_every=0", ["log.valid_every: must be above 0"]),
         ("train.ema_decay=1.0", ["train.ema_decay"]),
@@ -192,7 +193,11 @@ def test_the_product_of_the_batch_is_exact_or_refused(global_batch, micro_batch,
     try:
         micro, accumulated = accumulation(global_batch, micro_batch, processes)
     except BadInput as error:
-        nearest = [int(word) for word in str(error).rsplit("nearest: ", 1)[1].split(", ")]
+        batches, _, sizes = str(error).rsplit("nearest: ", 1)[1].partition("; or train.micro_batch_size ")
+        nearest = [int(word) for word in batches.split(", ")]
+        smaller_and_larger = [int(word) for word in sizes.split(" or ") if word]
+        assert all(_divides(global_batch, size, processes) for size in smaller_and_larger)
+        assert len(smaller_and_larger) == (2 if micro_batch and global_batch % processes == 0 else 0)
         for batch in nearest:
             m, a = accumulation(batch, micro_batch, processes)
             assert m * a * processes == batch

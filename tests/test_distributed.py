@@ -3,6 +3,7 @@
 Run as a script, this file is one of the two processes.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -12,13 +13,15 @@ import time
 import pytest
 import torch
 
-from vavae_fast.distributed import World, open_world
+from vavae_fast.distributed import STEP_TIMEOUT, World, open_world
+from vavae_fast.errors import Interrupted
 
 
 def test_one_process_needs_no_group():
     with open_world() as world:
         assert world == World(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-        assert world.any(True) and not world.any(False)
+        assert world.any(True) and not world.any(False) and world.from_main(3) == 3
+        world.steps_begin()
         values = torch.tensor([1.0, 2.0])
         assert torch.equal(world.mean(values), values)
         world.barrier()
@@ -26,15 +29,23 @@ def test_one_process_needs_no_group():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
-def test_two_processes_agree_and_an_error_in_one_ends_both():
-    """Were the failing process to wait at a barrier while the other sums gradients, both would stand there for ever."""
+def test_two_processes_agree_and_an_error_in_one_ends_both(tmp_path):
+    """Were the failing process to wait at a barrier while the other sums gradients, both would stand there for ever.
+
+    Each leaves its error where torchrun looks for it. torchrun names the earliest, to the second: it has to be the culprit's.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     common = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     started = time.monotonic()
     processes = [
-        subprocess.Popen([sys.executable, __file__], env=common | dict(RANK=rank, LOCAL_RANK=rank), stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__],
+            env=common | dict(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", TORCHELASTIC_ERROR_FILE=str(tmp_path / rank)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in "01"
     ]
     try:
@@ -45,15 +56,24 @@ def test_two_processes_agree_and_an_error_in_one_ends_both():
     assert [process.returncode for process in processes] == [0, 0]
     assert said == ["agreed, then the other was gone", "agreed, then failed"]
     assert time.monotonic() - started < 100
+    errors = [json.loads((tmp_path / rank).read_text())["message"] for rank in "01"]
+    assert errors[1]["message"] == "KeyError: 'this process fails'" and errors[0]["message"].startswith("RuntimeError")
+    assert int(errors[1]["extraInfo"]["timestamp"]) < int(errors[0]["extraInfo"]["timestamp"])
 
 
 def main(rank: int) -> None:
     with open_world() as world:
-        assert (world.rank, world.size, world.main, world.device.type) == (rank, 2, rank == 0, "cpu")
+        assert (world.rank, world.size, world.local_size, world.main, world.device.type) == (rank, 2, 2, rank == 0, "cpu")
         torch.testing.assert_close(world.mean(torch.tensor([1.0 + rank, 10.0 * rank])), torch.tensor([1.5, 5.0]))
         assert world.any(rank == 1) is True and world.any(False) is False and world.any(True) is True
+        assert world.from_main({"from": rank}) == {"from": 0}
+        world.steps_begin()
+        assert torch.distributed.group.WORLD._get_backend(world.device).options._timeout == STEP_TIMEOUT
         world.barrier()
     assert not torch.distributed.is_initialized()
+    with pytest.raises(Interrupted), open_world() as world:
+        raise Interrupted
+    assert not torch.distributed.is_initialized(), "a run that was stopped is left as one that ended"
     try:
         with open_world() as world:
             if rank == 1:

@@ -66,7 +66,18 @@ def accumulation(global_batch: int, micro_batch: int | None, processes: int) -> 
     if global_batch % unit:
         near = ", ".join(str(b) for b in (global_batch // unit * unit, (global_batch // unit + 1) * unit) if b > 0)
         over = f"{processes} processes" + ("" if whole else f" x train.micro_batch_size {micro_batch}")
-        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {over}; nearest: {near}")
+        cure = "" if whole else _nearest_micro_batches(global_batch, micro_batch, processes)
+        raise BadInput(f"train.global_batch_size {global_batch} does not divide over {over}; nearest: {near}{cure}")
     share = global_batch // processes
     micro = share if whole else micro_batch
     return micro, share // micro
+
+
+def _nearest_micro_batches(global_batch: int, micro_batch: int, processes: int) -> str:
+    """The sizes around `micro_batch` by which the processes' shares divide, as a further cure; "" when there is no whole share."""
+    if global_batch % processes:
+        return ""
+    share = global_batch // processes
+    fitting = [size for size in range(1, share + 1) if share % size == 0]
+    near = [max(size for size in fitting if size < micro_batch), min(size for size in fitting if size > micro_batch)]
+    return f"; or train.micro_batch_size {near[0]} or {near[1]}"

@@ -131,6 +131,8 @@ class TrainConfig:
         for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
+        spread = self.shard != "none"
+        require(not spread or self.compile != "model", "compile", self.compile, "blocks, auto or none with train.shard")
         narrow = self.residual_dtype == "bf16"
         require(not narrow or self.precision != "fp32", "residual_dtype", self.residual_dtype, "fp32 with precision fp32")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")

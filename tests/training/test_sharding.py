@@ -5,8 +5,10 @@ As a script, this file makes all the runs that its tests compare: `python test_s
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,26 @@ def make_runs(folder: Path) -> None:
     trained(folder, "skipped", 2, "train.shard=full", "train.max_steps=3", "optimizer.lr=1e30")
     for processes, steps, mode in ((2, 2, "full"), (1, 3, "full"), (4, 4, "hybrid"), (2, 6, "none")):
         trained(folder, "wandering", processes, f"train.shard={mode}", f"train.max_steps={steps}", nodes=processes // 2 or 1)
+    stop_and_go_on(folder, "stopped")
     for name, processes, mode in (("full_1", 1, "none"), ("full_1_2", 2, "full"), ("full_1_2_4", 4, "hybrid")):
         copy_state(folder, name, processes, mode)
+
+
+def stop_and_go_on(folder: Path, name: str) -> None:
+    """SIGTERM to one of two processes in the middle of the run `full`; both leave well, and the same command goes on."""
+    from processes import start, statuses, trained, words
+
+    settings, said = ("train.shard=full", "train.micro_batch_size=2"), folder / f"{name}.txt"
+    children = start(2, lambda: main(words(folder, name, *settings)), said)
+    log = folder / name / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size) and os.waitpid(children[1], os.WNOHANG) == (0, 0):
+        time.sleep(0.01)
+    os.kill(children[1], signal.SIGTERM)
+    began = time.monotonic()
+    codes = statuses(children)
+    if codes != [0, 0] or time.monotonic() - began > 30:
+        sys.exit(f"{name}: exit codes {codes} after {time.monotonic() - began:.0f} s\n{said.read_text()}")
+    trained(folder, name, 2, *settings)
 
 
 def copy_state(folder: Path, name: str, processes: int, mode: str) -> None:
@@ -141,6 +161,14 @@ def test_what_two_processes_saved_one_and_four_load_bit_for_bit(runs):
         assert_same_bits(groups(runs / name, 50), first)
     assert (runs / "full_1" / "checkpoints" / "step_00000050" / "model.safetensors").is_file()
     assert (runs / "full_1_2" / "checkpoints" / "step_00000050" / "model.rank01of02.safetensors").is_file()
+
+
+def test_one_process_told_to_stop_stops_both_and_nothing_is_lost(runs):
+    assert_same_bits(groups(runs / "stopped", 50), groups(runs / "full", 50))
+    first, last = sorted(path.name for path in (runs / "stopped" / "checkpoints").iterdir())
+    said = (runs / "stopped.txt").read_text()
+    assert f"another process was stopped: saved step {int(first[5:])} in" in said and last == "step_00000050"
+    assert [line["step"] for line in lines(runs / "stopped")] == list(range(1, 51))
 
 
 def test_a_step_that_is_not_finite_changes_no_row_anywhere(runs):
