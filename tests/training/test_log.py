@@ -24,6 +24,15 @@ def test_a_line_says_step_loss_rate_and_time_left():
     assert "412 img/s  MFU 41%  data 0%" in progress_line(VALUES | dict(mfu=0.4123), 80000, 10)
 
 
+@pytest.mark.parametrize("width", range(30, 130, 7))
+def test_a_narrow_line_leaves_out_what_matters_least(width):
+    values = VALUES | dict(mfu=0.41, valid_mse=0.32, skipped=2.0)
+    whole, line = progress_line(values, 80000, 24780), progress_line(values, 80000, 24780, width)
+    assert set(line.split("  ")) <= set(whole.split("  ")) and (len(line) <= width or width < 75)
+    assert all(part in line for part in ("step 200/80000", "loss 0.7423", "412 img/s", "MFU 41%", "skipped 2", "ETA 6 h 53 m"))
+    assert len(whole) > width or line == whole
+
+
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (89, "89 s"), (90, "2 m"), (3600, "60 m"), (5400, "1 h 30 m"), (24780, "6 h 53 m")])
 def test_readable_time(seconds, text):
     assert readable_time(seconds) == text
@@ -92,7 +101,7 @@ def test_a_terminal_shows_one_line_that_fits(tmp_path, monkeypatch):
     """Each progress line takes the last one's place; what is said stands above it."""
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "60")
     log = RunLog(tmp_path, "run")
     for step in (10, 20):
         log.step(VALUES | dict(step=step), 100, 1.0)
@@ -100,6 +109,6 @@ def test_a_terminal_shows_one_line_that_fits(tmp_path, monkeypatch):
     log.close()
     lines = screen.getvalue().split("\n")
     progress = lines[0].split("\r\033[K")[1:]
-    assert [line[:16] for line in progress] == ["run  step 10/100", "run  step 20/100"] and all(len(line) == 39 for line in progress)
+    assert progress == [f"run  step {step}/100  loss 0.7423  412 img/s  data 0%  ETA 1 s" for step in (10, 20)]
     assert lines[1:] == ["run  saved", ""]
     assert "ETA" in (tmp_path / "log.txt").read_text(), "the file has whole lines"

@@ -11,6 +11,7 @@ from typing import Any
 from vavae_fast.artifacts import write_text
 from vavae_fast.training.boards import Board, open_boards
 
+_SPARED_FIRST = ("lr", "mcos", "mdms", "mse", "rec", "valid_mse", "data")  # on a narrow terminal
 QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress line in this time
 
 
@@ -58,7 +59,8 @@ class RunLog:
         now = time.monotonic()
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
-            print(f"\r\033[K{f'{self.title}  {line}'[:width]}", end="", flush=True)
+            short = f"{self.title}  {progress_line(values, max_steps, seconds_left, width - len(self.title) - 2)}"
+            print(f"\r\033[K{short[:width]}", end="", flush=True)
             self.open_line = True
         elif now - self.last_line >= QUIET_SECONDS or values["step"] >= max_steps:
             print(f"{self.title}  {line}", flush=True)
@@ -94,14 +96,24 @@ class RunLog:
             self.open_line = False
 
 
-def progress_line(values: dict[str, float], max_steps: int, seconds_left: float) -> str:
-    """`step 200/80000  loss 0.742  lr 2e-4  412 img/s  MFU 41%  data 0%  ETA 6 h 53 m`; MFU where the device's peak is known."""
-    shown = {key: values[key] for key in ("loss", "mse", "valid_mse", "rec", "mcos", "mdms") if key in values}
-    terms = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-    mfu = f"  MFU {100 * values['mfu']:.0f}%" if "mfu" in values else ""
-    rate = f"{values['images_per_second']:.0f} img/s{mfu}  data {100 * values['data_wait']:.0f}%"
-    skipped = f"  skipped {values['skipped']:.0f}" if values.get("skipped") else ""
-    return f"step {values['step']:.0f}/{max_steps}  {terms}  lr {values['lr']:.2g}  {rate}{skipped}  ETA {readable_time(seconds_left)}"
+def progress_line(values: dict[str, float], max_steps: int, seconds_left: float, width: int | None = None) -> str:
+    """`step 200/80000  loss 0.742  lr 2e-4  412 img/s  MFU 41%  data 0%  ETA 6 h 53 m`; MFU where the device's peak is known.
+
+    Of a line longer than `width` the parts of `_SPARED_FIRST` are left out, as many as it takes.
+    """
+    parts = {"step": f"step {values['step']:.0f}/{max_steps}"}
+    parts |= {key: f"{key} {values[key]:.4g}" for key in ("loss", "mse", "valid_mse", "rec", "mcos", "mdms") if key in values}
+    parts |= {"lr": f"lr {values['lr']:.2g}", "rate": f"{values['images_per_second']:.0f} img/s"}
+    if "mfu" in values:
+        parts["mfu"] = f"MFU {100 * values['mfu']:.0f}%"
+    parts["data"] = f"data {100 * values['data_wait']:.0f}%"
+    if values.get("skipped"):
+        parts["skipped"] = f"skipped {values['skipped']:.0f}"
+    parts["eta"] = f"ETA {readable_time(seconds_left)}"
+    for key in _SPARED_FIRST:
+        if width is not None and len("  ".join(parts.values())) > width:
+            parts.pop(key, None)
+    return "  ".join(parts.values())
 
 
 def readable_time(seconds: float) -> str:
