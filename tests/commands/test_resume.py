@@ -9,6 +9,7 @@ import torch
 from tiny import contents, copy, done, files
 
 from vavae_fast.cli import main
+from vavae_fast.config import load_config, to_mapping
 from vavae_fast.training.checkpoint import ROWS, load_checkpoint
 from vavae_fast.training.saver import Part, save_checkpoint
 
@@ -29,6 +30,16 @@ def reshard(run, step=4):
             parts.append(Part(f"{group}.rank0{rank}of02.safetensors", chunks | whole, {ROWS: json.dumps(rows)}))
     shutil.rmtree(folder)
     save_checkpoint(run / "checkpoints", step, parts, {"stage": manifest["stage"]})
+
+
+def test_a_checkpoint_says_what_it_is_of(tiny):
+    """Enough to go on without the run folder around it: config, data, tokenizer, seed, processes, versions."""
+    manifest = json.loads((tiny.dit_run / STEP.format(4) / "manifest.json").read_text())
+    assert manifest["step"] == 4 and manifest["seed"] == 0 and manifest["processes"] == 1 and "torch" in manifest["versions"]
+    assert manifest["config"] == to_mapping(load_config(tiny.dit_run / "config.yaml"))
+    assert manifest["data"]["tokenizer"] == json.loads((tiny.latents / "manifest.json").read_text())["facts"]["tokenizer"]
+    tokenizer = json.loads((tiny.tokenizer_run / STEP.format(4) / "manifest.json").read_text())
+    assert tokenizer["architecture"]["embed_dim"] == 4 and tokenizer["config"]["data"]["path"] == str(tiny.images)
 
 
 @pytest.fixture

@@ -166,9 +166,9 @@ def _run(plan: TrainPlan, world) -> Path:
     parameters = parameter_count(state.model)
     start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
-    facts = dict(stage="LightningDiT", seed=c.global_seed, data=_data_identity(plan.latents), parameters=parameters)
+    facts = dict(stage="LightningDiT", seed=c.global_seed, data=_data_identity(plan.latents), parameters=parameters, processes=world.size)
     if world.main:
-        start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
+        start_run(plan.folder, config, facts | dict(device=str(world.device)))
     log.say(f"{config.model.model_type}, {parameters / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     peak = peak_images_per_second(state.model, world, log)
@@ -177,7 +177,7 @@ def _run(plan: TrainPlan, world) -> Path:
     resident = {"stream": None, "ram": "cpu", "gpu": world.device}[d.latents_in]
     stream = LatentStream(plan.latents, c.global_seed, share, d.latent_norm, d.latent_multiplier, d.flip, world.device, resident=resident)
     settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every),
-                            facts, peak)  # fmt: skip
+                            facts | dict(config=to_mapping(config)), peak)  # fmt: skip
     looks = observers(config, plan.watch, plan.latents, state, plan.micro_batch, log)
     return run_steps(state, dit_step, stream, plan.accumulation, settings, world, log, start, looks)
 

@@ -162,16 +162,17 @@ def _run(plan: TokenizerPlan, world) -> Path:
     start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
     facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), images=str(config.image_path),
-                 image_size=config.image_size, foundation=config.model.params.use_vf)  # fmt: skip
+                 image_size=config.image_size, foundation=config.model.params.use_vf, processes=world.size)  # fmt: skip
     if world.main:
-        start_run(plan.folder, config, facts | dict(device=str(world.device), processes=world.size))
+        start_run(plan.folder, config, facts | dict(device=str(world.device)))
     parameters = sum(p.numel() for p in state.autoencoder.parameters())
     model = f"f{config.downsample_ratio}d{config.model.params.embed_dim}, {parameters / 1e6:.2f} M parameters"
     log.say(f"{model}, {len(plan.images):,} images, "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)
     keep = Retention(c.keep_last, c.keep_every)
-    settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep, facts)
+    settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep,
+                            facts | dict(config=to_mapping(config)))  # fmt: skip
     return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start)
 
 
