@@ -117,6 +117,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     fused: bool = False  # run the operators of vavae_kernels
     residual_dtype: Literal["fp32", "bf16"] = "fp32"  # LightningDiT's stream between blocks; fp32 is the reference's
+    fp8: bool = False  # LightningDiT: linear layers of the blocks multiply in fp8, by torchao, on GPUs that can
     compile: Literal["auto", "none", "blocks", "model"] = "auto"  # auto: LightningDiT's blocks on a GPU, nothing on a CPU
     attention: str = "auto"  # LightningDiT's attention: a backend of vavae_kernels, see the table in README.md
     ema_decay: float = 0.9999

@@ -239,11 +239,13 @@ def test_every_kind_of_run_runs(tiny, out, more):
     assert all(m["loss"] is not None and m["skipped"] == 0 for m in metrics(out / "dit"))
 
 
-def test_a_bf16_stream_needs_bf16_products(tiny, out, capsys):
+def test_what_precision_and_attention_need_is_said_before_anything_is_written(tiny, out, capsys):
     assert main(["train", *tiny.dit(out, "narrow", "train.residual_dtype=bf16")]) == 2
     assert capsys.readouterr().err == "error: train.residual_dtype: must be fp32 on a CPU, unless train.precision=bf16, got 'bf16'\n"
     assert not (out / "narrow").exists()
     assert main(["train", *tiny.dit(out, "narrow", "train.residual_dtype=bf16", "train.precision=fp32")]) == 2
     assert "residual_dtype: must be fp32 with precision fp32" in capsys.readouterr().err
+    assert main(["train", *tiny.dit(out, "narrow", "train.fp8=true")]) == 2
+    assert "train.fp8 needs " in capsys.readouterr().err
     assert main(["train", *tiny.dit(out, "narrow", "train.attention=flush")]) == 2
     assert "unknown backend 'flush'; known: auto, sdpa" in capsys.readouterr().err

@@ -17,6 +17,7 @@ OPTIONAL = (
     ("nvidia-dali-cuda130", "nvidia.dali", "image decoding on the GPU", "pip install 'vavae-fast[dali]'"),
     ("flash-attn", "flash_attn", "attention backend", "pip install 'vavae-fast[flash]' --no-build-isolation"),
     ("xformers", "xformers", "attention backend", "pip install 'vavae-fast[xformers]'"),
+    ("torchao", "torchao", "train.fp8", "pip install 'vavae-fast[fp8]'"),
     ("tensorboard", "tensorboard", "log.to=[tensorboard]", "pip install 'vavae-fast[log]'"),
     ("scikit-learn", "sklearn", "uniformity metrics", "pip install 'vavae-fast[analyze]'"),
     ("scipy", "scipy", "uniformity metrics", "pip install 'vavae-fast[analyze]'"),

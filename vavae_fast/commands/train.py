@@ -68,6 +68,7 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
 
     from vavae_fast.commands import build
     from vavae_fast.commands.watch import plan_watch
+    from vavae_fast.models.fp8 import require_fp8
 
     latents, model = _latents(config, path), _on_meta(config)
     build.transport(config.transport, config.train.fused)
@@ -75,6 +76,8 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     if not args.dry_run:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         narrow = config.train.residual_dtype == "bf16" and not build.bf16(config.train.precision, device)
+        if config.train.fp8:
+            require_fp8(device)
         require(not narrow, "train.residual_dtype", "bf16", "fp32 on a CPU, unless train.precision=bf16")
         artifacts.require_space(folder, 16 * sum(p.numel() for p in model.parameters()))
     if config.train.weight_init and not resumes:
@@ -187,6 +190,7 @@ def _state(plan: TrainPlan, world, log):
 
     from vavae_fast.commands import build
     from vavae_fast.models.compilation import compile_forward
+    from vavae_fast.models.fp8 import convert_to_fp8
     from vavae_fast.training.dit import DiTState
     from vavae_fast.training.guard import Guard
     from vavae_fast.training.optimizer import trainable
@@ -199,6 +203,8 @@ def _state(plan: TrainPlan, world, log):
     if config.train.weight_init and not plan.resumes:
         log.say(f"starts from the weights of {_start_weights(config, model)}")
     model.to(world.device).train()
+    if config.train.fp8:
+        log.say(f"{convert_to_fp8(model)} linear layers multiply in fp8")
     compile_forward(model, build.compiled_regions(config.train.compile, world.device))
     o, t = config.optimizer, config.transport
     adam = dict(lr=o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, impl="auto" if config.train.fused else "torch")
