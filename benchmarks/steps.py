@@ -35,11 +35,13 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class Arm:
-    """compile: "" for eager, "blocks" or "model"; reference: the modules of the public repository, which compile themselves."""
+    """compile: "" for eager, "blocks" or "model"; reference: the modules of the public repository, which compile themselves;
+    attention: a backend's name."""
 
     fused: bool = False
     compile: str = ""
     reference: bool = False
+    attention: str = "auto"
 
 
 ARMS: Mapping[str, Arm] = {
@@ -49,6 +51,7 @@ ARMS: Mapping[str, Arm] = {
     "fused": Arm(fused=True),
     "fused, compiled blocks": Arm(fused=True, compile="blocks"),
     "fused, compiled model": Arm(fused=True, compile="model"),
+    "fused, one attention kernel, compiled blocks": Arm(fused=True, compile="blocks", attention="fused"),
     "public code": Arm(reference=True),
 }
 EAGER_ARMS = ("eager", "fused")
@@ -62,8 +65,8 @@ def arguments(size: str) -> dict[str, Any]:
     return dict(known, input_size=16, in_channels=32, num_classes=CLASSES)
 
 
-def config(size: str, fused: bool = False) -> dict[str, Any]:
-    return dict(arguments(size), use_swiglu=True, use_rope=True, use_rmsnorm=True, fused=fused)
+def config(size: str, fused: bool = False, attention: str = "auto") -> dict[str, Any]:
+    return dict(arguments(size), use_swiglu=True, use_rope=True, use_rmsnorm=True, fused=fused, attention=attention)
 
 
 @contextmanager
@@ -111,14 +114,17 @@ def base_model(size: str, device: torch.device) -> nn.Module:
 
 
 def in_the_way_of(arm: Arm, base: nn.Module, size: str, backend: str, reference: Path | None) -> nn.Module:
-    """A model of the same parameters as `base`, run in the arm's way."""
+    """A model of the same parameters as `base`, run in the arm's way. ImportError names what an arm needs."""
+    if arm.attention == "fused" and not base.pos_embed.is_cuda:
+        raise ImportError("the single attention kernel needs a GPU")
     if arm.reference:
         if reference is None:
             raise ImportError("VAVAE_REFERENCE is not set")
         public = reference_class(reference, backend)
-        build = lambda: public(use_qknorm=False, wo_shift=False, **{key: value for key, value in config(size).items() if key != "fused"})
+        ours = ("fused", "attention")
+        build = lambda: public(use_qknorm=False, wo_shift=False, **{key: value for key, value in config(size).items() if key not in ours})
     else:
-        build = lambda: create_lightningdit("custom", **config(size, arm.fused))
+        build = lambda: create_lightningdit("custom", **config(size, arm.fused, arm.attention))
     with torch.device("meta"):
         model = build()
     model.load_state_dict(base.state_dict(keep_vars=True), assign=True)
@@ -255,18 +261,19 @@ class Step:
 
 
 MAIN_ARMS = ("compiled blocks", "fused, compiled blocks", "fused")
+SAMPLING_ARMS = (*MAIN_ARMS, "fused, one attention kernel, compiled blocks")  # needs no gradient
 MAIN = Step("train", "XL/1", 256, MAIN_ARMS)
 STEPS = (  # most valuable first; the block says what each operator is worth in the compiled block
     MAIN,
     Step("block", "XL/1", 256, (*WITHOUT, "eager", "fused")),
     Step("train", "XL/1", 256, ("public code", "fused, compiled blocks"), label="public code"),
     Step("train", "XL/1", 128, ("eager", "fused, compiled blocks"), label="eager"),
-    Step("sample", "XL/1", 64, ("eager", *MAIN_ARMS)),
+    Step("sample", "XL/1", 64, ("eager", *SAMPLING_ARMS)),
     Step("train", "XL/1", 32, MAIN_ARMS, graph=True),
     Step("train", "B/1", 256, ("eager", *MAIN_ARMS)),
     Step("train", "B/1", 32, MAIN_ARMS, graph=True),
-    Step("sample", "XL/1", 4, MAIN_ARMS, graph=True),
-    Step("sample", "B/1", 64, ("eager", *MAIN_ARMS)),
+    Step("sample", "XL/1", 4, SAMPLING_ARMS, graph=True),
+    Step("sample", "B/1", 64, ("eager", *SAMPLING_ARMS)),
     Step("train", "XL/1", 256, ("compiled model", "fused, compiled model", "fused, compiled blocks"), label="whole model"),
 )
 
