@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vavae_fast.cli import main
 from vavae_fast.training.checkpoint import load_checkpoint
@@ -41,6 +42,8 @@ def make_runs(folder: Path) -> None:
     trained(folder, "skipped", 2, "train.shard=full", "train.max_steps=3", "optimizer.lr=1e30")
     for processes, steps, mode in ((2, 2, "full"), (1, 3, "full"), (4, 4, "hybrid"), (2, 6, "none")):
         trained(folder, "wandering", processes, f"train.shard={mode}", f"train.max_steps={steps}", nodes=processes // 2 or 1)
+    for name, processes in (("nine", 1), ("nine_three", 3)):
+        trained(folder, name, processes, SHORT, "train.global_batch_size=9", "train.shard=full", "train.micro_batch_size=3")
     stop_and_go_on(folder, "stopped")
     for name, processes, mode in (("full_1", 1, "none"), ("full_1_2", 2, "full"), ("full_1_2_4", 4, "hybrid")):
         copy_state(folder, name, processes, mode)
@@ -138,12 +141,27 @@ def test_steps_are_those_of_one_process(runs, name):
     assert_same_losses(runs / name, runs / "alone", rtol=1e-5)
 
 
+def test_three_processes_of_which_one_has_no_row_of_a_short_tensor(runs):
+    """Four rows over three are two, two and none."""
+    assert_same_losses(runs / "nine_three", runs / "nine", rtol=1e-5)
+    held = [load_file(runs / "nine_three" / "checkpoints" / "step_00000006" / f"model.rank0{i}of03.safetensors") for i in range(3)]
+    assert [len(part.get("final_layer.linear.bias", ())) for part in held] == [2, 2, 0]
+    assert groups(runs / "nine_three", 6)["model"]["final_layer.linear.bias"].shape == (4,)
+
+
 def test_weights_gathered_in_bf16_are_those_that_autocast_rounds(runs):
     """Two summands have no order, so a run in bf16 with whole weights and one with spread weights must agree in every bit."""
     mine, theirs = (groups(runs / f"bf16_{mode}", 6) for mode in ("full", "none"))
     assert [line["loss"] for line in lines(runs / "bf16_full")] == [line["loss"] for line in lines(runs / "bf16_none")]
     assert_same_bits(mine, theirs)
     assert mine["model"]["blocks.0.attn.qkv.weight"].dtype == torch.float32
+
+
+def test_another_number_of_processes_is_said(runs):
+    said = [line for line in (runs / "wandering" / "log.txt").read_text().splitlines() if "continues from" in line]
+    changes = [line.partition(", with ")[2].partition(":")[0] for line in said]
+    assert changes == ["1 processes instead of 2", "4 processes instead of 1", "2 processes instead of 4"]
+    assert "processes instead of" not in (runs / "stopped" / "log.txt").read_text()
 
 
 def test_each_process_writes_its_rows_and_the_main_one_what_is_whole(runs):
@@ -180,8 +198,6 @@ def test_a_step_that_is_not_finite_changes_no_row_anywhere(runs):
 def test_export_reads_shards(runs, tmp_path):
     for suffix in ("safetensors", "pt"):
         assert main(["export", "--run", str(runs / "full"), "--out", str(tmp_path / f"weights.{suffix}")]) == 0
-    from safetensors.torch import load_file
-
     expected = groups(runs / "full", 50)["ema"]
     for found in (load_file(tmp_path / "weights.safetensors"), torch.load(tmp_path / "weights.pt", weights_only=True)["ema"]):
         assert found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())

@@ -93,7 +93,9 @@ def resume(state: State, folder: Path, world: World, log: RunLog) -> int:
         return 0
     groups, manifest = load_checkpoint(newest, verify=False)
     state.load_groups(groups, str(newest))
-    log.say(f"continues from {newest}")
+    before = manifest.get("processes", world.size)
+    differs = f", with {world.size} processes instead of {before}: the same samples and noise, summed in another order"
+    log.say(f"continues from {newest}{differs if before != world.size else ''}")
     return manifest["step"]
 
 
