@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from vavae_fast.data import LatentStream, Share, latent_statistics, open_latents, resident, write_statistics
+from vavae_fast.data.shards import KEYS
 from vavae_fast.errors import BadInput
 
 SHAPE = (3, 4, 4)
@@ -410,3 +412,24 @@ def test_latents_that_do_not_fit_are_refused(folder, monkeypatch):
     monkeypatch.setattr(resident, "_free_bytes", lambda device: 1000)
     with pytest.raises(BadInput, match="of latents do not fit into 1.0 kB of free cpu memory; set data.latents_in=stream"):
         LatentStream(open_latents(folder), 0, Share(4), resident="cpu")
+
+
+def test_as_many_rows_as_imagenet_open_from_their_headers_alone(tmp_path):
+    """128 sparse shards: 84 GB that nobody reads, 10 MB of labels; at most 20 MB in all while they are opened."""
+    rows, sizes = 10_010, [4 * 32 * 16 * 16] * 2 + [8]
+    ends = np.cumsum([0] + [rows * size for size in sizes]).tolist()
+    shapes = [("F32", [rows, 32, 16, 16])] * 2 + [("I64", [rows])]
+    header = {key: dict(dtype=dtype, shape=shape, data_offsets=ends[i : i + 2]) for i, (key, (dtype, shape)) in enumerate(zip(KEYS, shapes))}
+    text = json.dumps(header).encode()
+    for number in range(128):
+        with open(tmp_path / name(number), "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + ends[-1])
+    torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, tmp_path / "latents_stats.pt")
+    open_latents(tmp_path)
+    tracemalloc.start()
+    try:
+        latents = open_latents(tmp_path)
+        assert len(latents) == 128 * rows and tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()

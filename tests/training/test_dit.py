@@ -31,17 +31,17 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def state(dtype=torch.float32, dropout=0.1, fused=False, **changes) -> DiTState:
+def state(dtype=torch.float32, dropout=0.1, fused=False, device=CPU, **changes) -> DiTState:
     torch.manual_seed(0)
     model = LightningDiT(input_size=2, patch_size=1, in_channels=4, hidden_size=32, depth=1, num_heads=4, num_classes=5,
-                         class_dropout_prob=dropout, fused=fused, use_swiglu=True, use_rope=True, use_rmsnorm=True).to(dtype)  # fmt: skip
+                         class_dropout_prob=dropout, fused=fused, use_swiglu=True, use_rope=True, use_rmsnorm=True).to(device, dtype)  # fmt: skip
     with torch.no_grad():  # as initialised, the gates and the output are 0
         for p in trainable(model).values():
             p.add_(0.1 * torch.randn_like(p))
     settings = OptimizerConfig(lr=1e-3)
     optimizer = AdamWEMA(trainable(model).items(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=0.0)
     transport = create_transport("Linear", "velocity", use_cosine_loss=True, use_lognorm=True)
-    plain = dict(model=model, optimizer=optimizer, ema_decay=0.99, transport=transport, guard=Guard(CPU, 10), world=World(0, 1, CPU),
+    plain = dict(model=model, optimizer=optimizer, ema_decay=0.99, transport=transport, guard=Guard(device, 10), world=World(0, 1, device),
                  seed=SEED, settings=settings, max_steps=10, bf16=False)  # fmt: skip
     return DiTState(**(plain | changes))
 
@@ -141,6 +141,21 @@ def test_a_step_never_waits_for_the_device(fused):
     with NoHostSync():
         values = dit_step(s, 1, [batch(4), batch(4, 4)])
     assert all(isinstance(v, torch.Tensor) and v.shape == () and not v.requires_grad for v in values.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_gpu_a_step_never_waits_for_the_device_either(fused):
+    """PyTorch itself raises at whatever synchronises."""
+    s = state(fused=fused, settings=OptimizerConfig(lr=1e-3, max_grad_norm=1.0), device=torch.device("cuda"), bf16=True)
+    on_gpu = [LatentBatch(*(t.cuda() for t in (b.latents, b.labels, b.index))) for b in (batch(4), batch(4, 4))]
+    dit_step(s, 0, on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dit_step(s, 1, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_batch_with_a_nan_changes_nothing_and_the_next_one_trains():

@@ -51,10 +51,13 @@ class ShardStore:
     def __init__(self, folder: Path, shards: list[Shard], files: list[BinaryIO], manifest: dict[str, Any] | None):
         self.folder, self.shards, self.manifest = folder, shards, manifest
         self.shape, self.dtype = shards[0].shape, shards[0].dtype
-        self.labels = torch.from_numpy(np.concatenate([read_labels(s, f) for s, f in zip(shards, files)]))
         self._files = files
         self._ends = np.cumsum([shard.rows for shard in shards])
         self._starts = self._ends - [shard.rows for shard in shards]
+        labels = np.empty(len(self), np.int64)  # filled in place: ImageNet's are 10 MB
+        for shard, file, start, end in zip(shards, files, self._starts, self._ends):
+            labels[start:end] = read_labels(shard, file)
+        self.labels = torch.from_numpy(labels)
         self._offsets = np.array([shard.offsets for shard in shards], np.int64)
 
     def __len__(self) -> int:
