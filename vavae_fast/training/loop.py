@@ -126,7 +126,8 @@ def train(
     meter = _Meter(settings.global_batch, settings.peak_images_per_second)
     checkpoint_folder = settings.folder / "checkpoints"
     done = logged = start
-    with StopSignal() as stop, Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver, _Feed(batches) as feed:
+    # The saver meets the other processes; a signal that comes while they do not is not to be put off.
+    with Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver, StopSignal() as stop, _Feed(batches) as feed:
         feed.begin(start + state.guard.passed_over)
         while done < settings.max_steps:
             done += 1
