@@ -301,14 +301,12 @@ def test_the_objective_is_the_reference_s(iteration, adaptive):
     assert ((a - b).norm() / b.norm()).item() < 1e-11
 
 
-def test_only_the_loss_has_a_gradient_and_judges_get_none():
+def test_only_the_loss_has_a_gradient():
     step = Step()
     terms = step.objective(3)
     assert [name for name, value in terms.items() if value.requires_grad] == ["loss"]
     assert all(value.shape == () for value in terms.values())
-    terms["loss"].backward()
-    assert all(p.grad is None for p in step.discriminator.parameters())
-    assert all(p.grad is not None for p in step.parameters())
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(terms["loss"], step.parameters()))
 
 
 def test_the_discriminator_is_not_run_before_it_counts():

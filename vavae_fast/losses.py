@@ -6,9 +6,12 @@ discriminator  hinge (or vanilla) loss of real and reconstructed images     disc
 nll = sum(|x - r| + perceptual_weight LPIPS(x, r)) / B      kl = KL(q(z | x) || N(0, 1)), summed over the latent, mean over B
 vf  = distmat_weight mdms + cos_weight mcos                 g_loss = -mean D(r)
 lambda_gan = disc_weight |grad nll| / |grad g_loss| at the decoder's last layer, lambda_vf likewise at the encoder's
+
+The two objectives are the plain formulation: each weight takes gradients of its own, and the update one more. `training/one_pass.py`
+has the same gradients from the same terms with fewer passes through the networks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,7 +69,7 @@ def reconstruction_nll(images: Tensor, reconstructions: Tensor, distance: Tensor
     images, reconstructions (B, 3, H, W); distance p (B, 1, 1, 1) spreads over all 3 H W values of its image, so that its
     weight in the sum is 3 H W. Per image, not per pixel.
     """
-    error = (_wide(images) - _wide(reconstructions)).abs()
+    error = (wide(images) - wide(reconstructions)).abs()
     if distance is not None:
         error = error + perceptual_weight * distance
     return error.sum() / images.shape[0]
@@ -79,35 +82,52 @@ def kl_loss(posterior) -> Tensor:
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """(mean relu(1 - D(x)) + mean relu(1 + D(r))) / 2: Lim and Ye 2017, "Geometric GAN"."""
-    return 0.5 * (F.relu(1.0 - _wide(logits_real)).mean() + F.relu(1.0 + _wide(logits_fake)).mean())
+    return 0.5 * (F.relu(1.0 - wide(logits_real)).mean() + F.relu(1.0 + wide(logits_fake)).mean())
 
 
 def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """(mean softplus(-D(x)) + mean softplus(D(r))) / 2: Goodfellow et al. 2014, on logits."""
-    return 0.5 * (F.softplus(-_wide(logits_real)).mean() + F.softplus(_wide(logits_fake)).mean())
+    return 0.5 * (F.softplus(-wide(logits_real)).mean() + F.softplus(wide(logits_fake)).mean())
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:
     """-mean D(r): what the autoencoder lowers, with either loss of the discriminator."""
-    return -_wide(logits_fake).mean()
+    return -wide(logits_fake).mean()
 
 
 DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is: what losses are summed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def adaptive_weight(nll_loss: Tensor, other_loss: Tensor, last_layer: Tensor, maximum: float) -> Tensor:
-    """|d nll / d w| / (|d other / d w| + 1e-4) at w = last_layer, clamped to [0, maximum], without gradient: ().
+def vjp(
+    outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Tensor | Sequence[Tensor | None] | None = None, keep: bool = False
+) -> tuple[Tensor, ...]:
+    """J^T v at each of `inputs`, v = `cotangents` at `outputs` (None: 1, at a scalar). `keep` leaves the graph for another vector.
 
-    VQGAN, equation 7 (maximum 1e4, the decoder's last layer); VA-VAE, equation 7 (1e8, the encoder's). It makes the two
-    gradients equally long there. The graphs are kept for the backward pass that follows.
+    Inside `torch.autocast` too: a gradient is computed in the precisions of its forward pass, which autocast would round once more.
     """
-    (nll_gradient,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
-    (other_gradient,) = torch.autograd.grad(other_loss, last_layer, retain_graph=True)
-    return (_wide(nll_gradient).norm() / (_wide(other_gradient).norm() + 1e-4)).clamp(0.0, maximum).detach()
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=keep)
+
+
+def gradient_ratio(nll_gradient: Tensor, other_gradient: Tensor, maximum: float) -> Tensor:
+    """|nll_gradient| / (|other_gradient| + 1e-4), clamped to [0, maximum]: ().
+
+    VQGAN, equation 7 (maximum 1e4, at the decoder's last layer); VA-VAE, equation 7 (1e8, at the encoder's). The other loss times
+    this has a gradient as long as nll's there.
+    """
+    return (wide(nll_gradient).norm() / (wide(other_gradient).norm() + 1e-4)).clamp(0.0, maximum)
+
+
+def adaptive_weight(nll_loss: Tensor, other_loss: Tensor, last_layer: Tensor, maximum: float) -> Tensor:
+    """`gradient_ratio` of two losses at the weight `last_layer`: (). The graphs are kept for the backward pass that follows."""
+    (nll_gradient,) = vjp(nll_loss, [last_layer], keep=True)
+    (other_gradient,) = vjp(other_loss, [last_layer], keep=True)
+    return gradient_ratio(nll_gradient, other_gradient, maximum)
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
@@ -176,6 +196,36 @@ class LastLayers(NamedTuple):
     decoder: Tensor
 
 
+def reconstruction_terms(
+    images: Tensor, reconstructions: Tensor, weights: LossWeights, perceptual: Callable[[Tensor, Tensor], Tensor] | None
+) -> dict[str, Tensor]:
+    """nll, and of what it is made: rec = mean |x - r|, perceptual = mean LPIPS, 0 where that is off. Each ()."""
+    distance = perceptual(images, reconstructions) if perceptual is not None and weights.perceptual_weight > 0 else None
+    return dict(
+        nll=reconstruction_nll(images, reconstructions, distance, weights.perceptual_weight),
+        rec=(wide(images) - wide(reconstructions)).abs().mean(),
+        perceptual=images.new_zeros(()) if distance is None else distance.mean(),
+    )
+
+
+def alignment_terms(alignment: Alignment, weights: LossWeights) -> dict[str, Tensor]:
+    """mdms, mcos and vf_loss, their weighted sum. Each ()."""
+    z, features, projection = alignment
+    mdms, mcos = vf_loss(z, features, weights.distmat_margin, weights.cos_margin, projection=projection)
+    return dict(mdms=mdms, mcos=mcos, vf_loss=weights.distmat_weight * mdms + weights.cos_weight * mcos)
+
+
+def terms_off(like: Tensor) -> dict[str, Tensor]:
+    """The terms of the GAN and of the alignment, 0, on like's device: what they are while they are off."""
+    return dict.fromkeys(("g_loss", "d_weight", "mdms", "mcos", "vf_loss", "vf_weight"), torch.zeros((), device=like.device))
+
+
+def weighted_sum(terms: dict[str, Tensor], iteration: int, weights: LossWeights) -> Tensor:
+    """The autoencoder's loss: nll + kl_weight kl + d_weight disc_factor g_loss + vf_weight vf_loss."""
+    gan = terms["d_weight"] * weights.generator_factor(iteration) * terms["g_loss"]
+    return terms["nll"] + weights.kl_weight * terms["kl"] + gan + terms["vf_weight"] * terms["vf_loss"]
+
+
 def generator_objective(
     images: Tensor,
     reconstructions: Tensor,
@@ -190,38 +240,29 @@ def generator_objective(
 
     images, reconstructions (B, 3, H, W) in [-1, 1]; iteration counts batches from 0. Keys, always all of them, 0 for a
     term that is off: loss, nll (a sum over pixels, per image), rec (mean |x - r|), perceptual, kl, g_loss, d_weight,
-    mdms, mcos, vf_loss, vf_weight. The discriminator is not run before it counts. Without a graph (validation) the
-    adaptive weights are 0, as in the reference.
+    mdms, mcos, vf_loss, vf_weight. The discriminator is not run before it counts, and its parameters are not to follow this
+    loss: differentiate at those of the autoencoder and the projection. Without a graph (validation) the adaptive weights are
+    0, as in the reference.
     """
-    zero = torch.zeros((), device=reconstructions.device)
     training = reconstructions.requires_grad
-    seen = _cut(reconstructions)
-    use_lpips = judges.perceptual is not None and weights.perceptual_weight > 0
-    distance = judges.perceptual(images, seen) if use_lpips else None
-    nll = _rejoin(reconstruction_nll(images, seen, distance, weights.perceptual_weight), seen, reconstructions)
-    kl = kl_loss(posterior)
-    loss = nll + weights.kl_weight * kl
-
-    g_loss = d_weight = mdms = mcos = vf = vf_weight = zero
-    factor = weights.generator_factor(iteration)
-    if judges.discriminator is not None and factor > 0:
-        seen = _cut(reconstructions)
-        g_loss = _rejoin(generator_loss(judges.discriminator(seen)), seen, reconstructions)
-        d_weight = weights.disc_weight * adaptive_weight(nll, g_loss, last_layers.decoder, 1e4) if training else zero
-        loss = loss + d_weight * factor * g_loss
+    terms = reconstruction_terms(images, reconstructions, weights, judges.perceptual) | dict(kl=kl_loss(posterior)) | terms_off(images)
+    if judges.discriminator is not None and weights.generator_factor(iteration) > 0:
+        terms["g_loss"] = generator_loss(judges.discriminator(reconstructions))
+        if training:
+            terms["d_weight"] = weights.disc_weight * adaptive_weight(terms["nll"], terms["g_loss"], last_layers.decoder, 1e4)
     if alignment is not None:
-        z, features, projection = alignment
-        mdms, mcos = vf_loss(z, features, weights.distmat_margin, weights.cos_margin, projection=projection)
-        vf = weights.distmat_weight * mdms + weights.cos_weight * mcos
-        vf_weight = zero + weights.vf_weight
-        if weights.adaptive_vf:
-            vf_weight = weights.vf_weight * adaptive_weight(nll, vf, last_layers.encoder, 1e8) if training else zero
-        loss = loss + vf_weight * vf
+        terms |= alignment_terms(alignment, weights)
+        if not weights.adaptive_vf:
+            terms["vf_weight"] = terms["vf_weight"] + weights.vf_weight
+        elif training:
+            terms["vf_weight"] = weights.vf_weight * adaptive_weight(terms["nll"], terms["vf_loss"], last_layers.encoder, 1e8)
+    return {"loss": weighted_sum(terms, iteration, weights), **{name: value.detach() for name, value in terms.items()}}
 
-    rec = (_wide(images) - _wide(reconstructions)).abs().mean()
-    perceptual = zero if distance is None else distance.mean()
-    parts = dict(nll=nll, rec=rec, perceptual=perceptual, kl=kl, g_loss=g_loss, d_weight=d_weight, mdms=mdms, mcos=mcos)
-    return {"loss": loss, **{name: value.detach() for name, value in (parts | dict(vf_loss=vf, vf_weight=vf_weight)).items()}}
+
+def discriminator_terms(real: Tensor, fake: Tensor, iteration: int, weights: LossWeights) -> dict[str, Tensor]:
+    """d_loss of the logits of images and of reconstructions, and the mean of each without gradient. Each ()."""
+    d_loss = weights.discriminator_factor(iteration) * DISCRIMINATOR_LOSSES[weights.disc_loss](real, fake)
+    return {"d_loss": d_loss, "logits_real": wide(real).mean().detach(), "logits_fake": wide(fake).mean().detach()}
 
 
 def discriminator_objective(
@@ -232,29 +273,7 @@ def discriminator_objective(
     Before the discriminator trains it is not run, and all three are 0 without a graph; ask
     `weights.discriminator_factor(iteration)` first. The reconstructions get no gradient.
     """
-    factor = weights.discriminator_factor(iteration)
-    if factor <= 0:
+    if weights.discriminator_factor(iteration) <= 0:
         zero = torch.zeros((), device=images.device)
         return {"d_loss": zero, "logits_real": zero, "logits_fake": zero}
-    real, fake = discriminator(images.detach()), discriminator(reconstructions.detach())
-    d_loss = factor * DISCRIMINATOR_LOSSES[weights.disc_loss](real, fake)
-    return {"d_loss": d_loss, "logits_real": _wide(real).mean().detach(), "logits_fake": _wide(fake).mean().detach()}
-
-
-def _cut(reconstructions: Tensor) -> Tensor:
-    """The reconstructions as a leaf of their own: a judge is differentiated up to here, once."""
-    return reconstructions.detach().requires_grad_(reconstructions.requires_grad)
-
-
-def _rejoin(loss: Tensor, seen: Tensor, reconstructions: Tensor) -> Tensor:
-    """`loss` of `seen`, as a function of `reconstructions`: the same value, and the gradient computed here once for all.
-
-    A loss is differentiated up to three times in a step (for two adaptive weights and the update). Its gradient at the
-    reconstructions is the same each time, so VGG16 and the discriminator run backward once, and neither gets gradients
-    for its own parameters.
-    """
-    if not seen.requires_grad:
-        return loss
-    (gradient,) = torch.autograd.grad(loss, seen)
-    carrier = (_wide(reconstructions) * gradient).sum()
-    return loss.detach() + (carrier - carrier.detach())
+    return discriminator_terms(discriminator(images.detach()), discriminator(reconstructions.detach()), iteration, weights)

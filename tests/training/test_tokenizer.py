@@ -5,49 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from tokenizer_states import ADAM, SEED, batch, state
 
 from vavae_fast import rng
-from vavae_fast.data.images import ImageBatch
-from vavae_fast.distributed import World
-from vavae_fast.losses import LossWeights
-from vavae_fast.models.autoencoder import AutoencoderKL
-from vavae_fast.models.discriminator import PatchDiscriminator
-from vavae_fast.models.standins import StandInEncoder, StandInPerceptual
-from vavae_fast.training.guard import Guard
-from vavae_fast.training.tokenizer import TokenizerState, tokenizer_step
+from vavae_fast.training.one_pass import one_pass_gradients
+from vavae_fast.training.tokenizer import plain_gradients, tokenizer_step
 
-CPU = torch.device("cpu")
-SEED = 3
-ADAM = dict(lr=1e-3, betas=(0.5, 0.9))
-
-
-def state(reverse_proj=True, proj_fix=False, vf=True, **changes) -> TokenizerState:
-    torch.manual_seed(0)
-    autoencoder = AutoencoderKL(embed_dim=4, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=4)
-    discriminator = PatchDiscriminator(n_layers=1, ndf=4)
-    foundation = StandInEncoder(dim=8, depth=1, heads=2).requires_grad_(False).eval() if vf else None
-    perceptual = StandInPerceptual(widths=(8, 8)).requires_grad_(False).eval()
-    projection = None
-    if vf:
-        projection = nn.Conv2d(4, 8, 1, bias=False) if reverse_proj else nn.Conv2d(8, 4, 1)
-        projection.requires_grad_(not proj_fix)
-    trained = [*autoencoder.parameters(), *(projection.parameters() if vf and not proj_fix else ())]
-    weights = LossWeights(kl_weight=1e-6, disc_weight=0.5, disc_start=changes.pop("disc_start", 0), vf_weight=0.1, adaptive_vf=True,
-                          distmat_margin=0.1, cos_margin=0.2)  # fmt: skip
-    plain = dict(
-        autoencoder=autoencoder, projection=projection, discriminator=discriminator, foundation=foundation, perceptual=perceptual,
-        optimizer=torch.optim.Adam(trained, fused=True, **ADAM), optimizer_disc=torch.optim.Adam(discriminator.parameters(), fused=True, **ADAM),
-        weights=weights, guard=Guard(CPU, 10), world=World(0, 1, CPU), seed=SEED, base_lr=1e-3, decay_fraction=0.0, max_steps=100, bf16=False,
-        reverse_proj=reverse_proj,
-    )  # fmt: skip
-    return TokenizerState(**(plain | changes))
-
-
-def batch(count=4, first=0) -> ImageBatch:
-    index = torch.arange(first, first + count)
-    pixels = (255 * torch.sigmoid(rng.normal(7, index, like=torch.empty(count, 3, 16, 16)))).to(torch.uint8)
-    return ImageBatch(pixels, index % 2, index)
+BOTH = pytest.mark.parametrize("formulation", [plain_gradients, one_pass_gradients])
 
 
 def copies(*modules):
@@ -97,10 +61,11 @@ def assert_gradients(optimizer, parameters, expected):
         torch.testing.assert_close(optimizer.state[p]["exp_avg"] / 0.5, gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
+@BOTH
 @pytest.mark.parametrize("reverse_proj", [True, False])
 @pytest.mark.parametrize("gan", [True, False])
-def test_losses_and_gradients_are_the_plain_formulation(reverse_proj, gan):
-    s = state(reverse_proj, disc_start=0 if gan else 1000)
+def test_losses_and_gradients_are_the_plain_formulation(reverse_proj, gan, formulation):
+    s = state(reverse_proj, disc_start=0 if gan else 1000, gradients=formulation)
     twin = state(reverse_proj, disc_start=0 if gan else 1000)
     b = batch()
     expected = plain_losses(twin, b, 1.0 if gan else 0.0, 1.0 if gan else 0.0)
@@ -118,9 +83,10 @@ def test_losses_and_gradients_are_the_plain_formulation(reverse_proj, gan):
     assert same(before[2], s.discriminator) is not gan
 
 
-def test_the_gan_starts_at_its_iterations():
+@BOTH
+def test_the_gan_starts_at_its_iterations(formulation):
     """disc_start 5 counts both networks' steps: the discriminator moves from iteration 2 on, the autoencoder feels it from 3."""
-    s = state(disc_start=5)
+    s = state(disc_start=5, gradients=formulation)
     for iteration in range(5):
         before = copies(s.discriminator)[0]
         values = tokenizer_step(s, iteration, [batch(first=4 * iteration)])
@@ -129,9 +95,10 @@ def test_the_gan_starts_at_its_iterations():
         assert (values.get("d_loss", torch.zeros(())) != 0) == (iteration >= 2), iteration
 
 
-def test_the_discriminators_adam_counts_the_steps_before_its_start():
+@BOTH
+def test_the_discriminators_adam_counts_the_steps_before_its_start(formulation):
     """As if stepped with zero gradients from the first iteration, which is what the reference does: same update, same count."""
-    s = state(disc_start=5)
+    s = state(disc_start=5, gradients=formulation)
     reference = copy.deepcopy(s.discriminator)
     for iteration in range(2):
         tokenizer_step(s, iteration, [batch(first=4 * iteration)])
@@ -155,9 +122,10 @@ def test_the_discriminators_adam_counts_the_steps_before_its_start():
         assert float(s.optimizer_disc.state[p]["step"]) == float(adam.state[q]["step"]) == 3
 
 
-def test_the_autoencoders_loss_leaves_no_gradient_in_the_discriminator():
+@BOTH
+def test_the_autoencoders_loss_leaves_no_gradient_in_the_discriminator(formulation):
     """Else the discriminator would also step along the generator's gradient."""
-    s = state()
+    s = state(gradients=formulation)
     twin = copy.deepcopy(s.discriminator)
     b = batch()
     tokenizer_step(s, 0, [b])
@@ -178,15 +146,17 @@ def test_proj_fix_keeps_the_projection(proj_fix):
     assert "linear_proj.weight" in s.groups()["model"], "saved either way"
 
 
-def test_without_alignment_there_is_no_projection():
-    s = state(vf=False)
+@BOTH
+def test_without_alignment_there_is_no_projection(formulation):
+    s = state(vf=False, gradients=formulation)
     values = tokenizer_step(s, 0, [batch()])
     assert values["mdms"] == values["mcos"] == values["vf_loss"] == 0 and torch.isfinite(values["loss"])
     assert not any(name.startswith("linear_proj") for name in s.groups()["model"])
 
 
-def test_frozen_networks_stay_and_get_no_gradients():
-    s = state()
+@BOTH
+def test_frozen_networks_stay_and_get_no_gradients(formulation):
+    s = state(gradients=formulation)
     before = copies(s.foundation, s.perceptual)
     tokenizer_step(s, 0, [batch()])
     assert same(before[0], s.foundation) and same(before[1], s.perceptual)
@@ -243,7 +213,8 @@ def test_the_learning_rate_decays_at_the_end():
     assert [s.learning_rate(step) for step in range(4)] == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3])
 
 
-def test_a_step_never_waits_for_the_device():
+@BOTH
+def test_a_step_never_waits_for_the_device(formulation):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class NoHostSync(TorchDispatchMode):
@@ -251,7 +222,7 @@ def test_a_step_never_waits_for_the_device():
             assert func.name().split(".")[0] not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), func.name()
             return func(*args, **(kwargs or {}))
 
-    s = state(max_grad_norm=1.0)
+    s = state(max_grad_norm=1.0, gradients=formulation)
     tokenizer_step(s, 0, [batch()])
     with NoHostSync():
         values = tokenizer_step(s, 1, [batch(2, 4), batch(2, 6)])

@@ -181,7 +181,8 @@ def _state(plan: TokenizerPlan, world, log):
 
     from vavae_fast.commands import build
     from vavae_fast.training.guard import Guard
-    from vavae_fast.training.tokenizer import TokenizerState
+    from vavae_fast.training.one_pass import one_pass_gradients
+    from vavae_fast.training.tokenizer import TokenizerState, plain_gradients
 
     config = plan.config
     params = config.model.params
@@ -204,7 +205,7 @@ def _state(plan: TokenizerPlan, world, log):
         weights=build.loss_weights(config), guard=Guard(world.device, config.train.max_skipped), world=world,
         seed=config.train.global_seed, base_lr=config.model.base_learning_rate, decay_fraction=config.decay_fraction,
         max_steps=plan.max_steps, bf16=build.bf16(_precision(config), world.device), reverse_proj=params.reverse_proj,
-        max_grad_norm=config.max_grad_norm,
+        gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from vavae_fast import rng
 from vavae_fast.data.images import ImageBatch
 from vavae_fast.distributed import World
-from vavae_fast.losses import Alignment, Judges, LastLayers, LossWeights, discriminator_objective, generator_objective
-from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.losses import Alignment, Judges, LastLayers, LossWeights, discriminator_objective, generator_objective, vjp
+from vavae_fast.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from vavae_fast.pixels import to_unit
 from vavae_fast.training.checkpoint import Groups, load_tensors
 from vavae_fast.training.guard import Guard
@@ -24,12 +24,15 @@ from vavae_fast.training.optimizer import (
 )
 from vavae_fast.training.parallel import average_gradients
 
+Gradients = dict[nn.Parameter, Tensor]
+
 
 @dataclass
 class TokenizerState:
     """What a tokenizer run trains: autoencoder, projection to the features, discriminator; and what it looks at, frozen.
 
     `projection` is the 1x1 convolution between z and the features of `foundation`; both are None without alignment.
+    `gradients` is how a step differentiates: `plain_gradients` below, or `one_pass_gradients` with fewer passes.
     """
 
     autoencoder: AutoencoderKL
@@ -48,6 +51,7 @@ class TokenizerState:
     max_steps: int
     bf16: bool
     reverse_proj: bool
+    gradients: "Callable[[TokenizerState, int, ImageBatch], tuple[dict[str, Tensor], Gradients]]"
     max_grad_norm: float | None = None
 
     def learning_rate(self, step: int) -> float:
@@ -57,6 +61,27 @@ class TokenizerState:
         """The parameters of the first optimizer, by name."""
         parts = [self.autoencoder] if self.projection is None else [self.autoencoder, ("linear_proj", self.projection)]
         return trainable(*parts)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def images(self, batch: ImageBatch) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] on the device, in the dtype of the autoencoder's weights."""
+        return to_unit(batch.pixels.to(self.world.device)).to(self.autoencoder.last_encoder_weight.dtype)
+
+    def sample(self, posterior: DiagonalGaussian, batch: ImageBatch) -> Tensor:
+        """z (B, C, h, w), with noise that is a function of the seed and of each image's place in the run."""
+        index = batch.index.to(self.world.device)
+        return posterior.sample(noise=rng.normal(self.seed, index, like=posterior.mean, stream=rng.Stream.POSTERIOR))
+
+    def features(self, images: Tensor) -> Tensor | None:
+        """(B, F, h, w) of the foundation model; None without alignment."""
+        return None if self.foundation is None else self.foundation(images)
+
+    def alignment(self, z: Tensor, features: Tensor) -> Alignment:
+        if self.reverse_proj:
+            return Alignment(z, features, self.projection.weight[:, :, 0, 0])
+        return Alignment(z, self.projection(features))
 
     def _model(self) -> dict[str, Tensor]:
         projection = {} if self.projection is None else self.projection.state_dict(prefix="linear_proj.")
@@ -88,15 +113,15 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     rate = state.learning_rate(step)
     set_learning_rate(state.optimizer, rate)
     set_learning_rate(state.optimizer_disc, rate)
-    gan = state.weights.discriminator_factor(step) > 0
     means: dict[str, Tensor] = {}
     for batch in micro_batches:
-        terms = _backward(state, step, batch, len(micro_batches), gan)
+        terms, gradients = state.gradients(state, step, batch)
+        _accumulate(gradients, len(micro_batches))
         for key, value in terms.items():
             means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
 
     norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
-    if gan:
+    if state.weights.discriminator_factor(step) > 0:
         norms[_as_if_stepped(state.optimizer_disc, step)] = _averaged_norm(state, state.discriminator.parameters())
     state.guard.step(norms, state.max_grad_norm)
     for optimizer in norms:
@@ -104,33 +129,41 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     return means | {"grad_norm": norms[state.optimizer]}
 
 
-def _backward(state: TokenizerState, step: int, batch: ImageBatch, parts: int, gan: bool) -> dict[str, Tensor]:
-    """Gradients of one of `parts` micro-batches, for both networks."""
-    images, index = to_unit(batch.pixels.to(state.world.device)), batch.index.to(state.world.device)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=state.bf16):
+def plain_gradients(state: TokenizerState, step: int, batch: ImageBatch) -> tuple[dict[str, Tensor], Gradients]:
+    """The terms of one micro-batch, () tensors, and the gradient of each trained parameter, as the two objectives are written.
+
+    The discriminator's are there once it trains.
+    """
+    images = state.images(batch)
+    with state.autocast():
+        features = state.features(images)
         posterior = state.autoencoder.encode(images)
-        z = posterior.sample(noise=rng.normal(state.seed, index, like=posterior.mean, stream=rng.Stream.POSTERIOR))
+        z = state.sample(posterior, batch)
         reconstructions = state.autoencoder.decode(z)
         terms = generator_objective(
             images, reconstructions, posterior, step, state.weights, Judges(state.perceptual, state.discriminator),
-            LastLayers(state.autoencoder.last_encoder_weight, state.autoencoder.last_decoder_weight), _alignment(state, images, z),
+            LastLayers(state.autoencoder.last_encoder_weight, state.autoencoder.last_decoder_weight),
+            None if features is None else state.alignment(z, features),
         )  # fmt: skip
-    (terms["loss"] / parts).backward()
-    if gan:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=state.bf16):
+    trained = list(state.trained().values())
+    gradients = dict(zip(trained, vjp(terms["loss"], trained)))
+    if state.weights.discriminator_factor(step) > 0:
+        with state.autocast():
             critic = discriminator_objective(images, reconstructions, step, state.weights, state.discriminator)
-        (critic["d_loss"] / parts).backward()
-        terms |= critic
-    return terms
+        judging = list(state.discriminator.parameters())
+        terms, gradients = terms | critic, gradients | dict(zip(judging, vjp(critic["d_loss"], judging)))
+    return terms, gradients
 
 
-def _alignment(state: TokenizerState, images: Tensor, z: Tensor) -> Alignment | None:
-    if state.foundation is None:
-        return None
-    features = state.foundation(images)
-    if state.reverse_proj:
-        return Alignment(z, features, state.projection.weight[:, :, 0, 0])
-    return Alignment(z, state.projection(features))
+def _accumulate(gradients: Gradients, parts: int) -> None:
+    """p.grad += gradient / parts, in the memory layout of p, which the fused Adam asks for."""
+    for p, gradient in gradients.items():
+        if p.grad is not None:
+            p.grad.add_(gradient, alpha=1 / parts)
+        elif parts == 1 and gradient.stride() == p.stride():
+            p.grad = gradient
+        else:
+            p.grad = torch.empty_like(p).copy_(gradient).div_(parts)
 
 
 def _averaged_norm(state: TokenizerState, parameters: Iterable[nn.Parameter]) -> Tensor:
