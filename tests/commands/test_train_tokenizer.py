@@ -24,7 +24,7 @@ def test_a_run_folder_holds_what_it_promises(tiny):
     run = tiny.tokenizer_run
     parts = ("discriminator", "guard", "model", "optimizer", "optimizer_disc")
     expected = [f"{STEP.format(s)}/{name}.safetensors" for s in (2, 4) for name in parts] + [f"{STEP.format(s)}/manifest.json" for s in (2, 4)]
-    assert set(files(run)) == {*expected, "config.yaml", "log.txt", "manifest.json", "metrics.jsonl"}
+    assert set(files(run)) == {*expected, "config.yaml", "log.txt", "manifest.json", "metrics.jsonl", "report.html"}
     manifest = json.loads((run / STEP.format(4) / "manifest.json").read_text())
     assert manifest["stage"] == "tokenizer" and manifest["architecture"]["embed_dim"] == 4 and manifest["foundation"] == "standin"
     lines = metrics(run)

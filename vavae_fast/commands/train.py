@@ -33,7 +33,7 @@ class TrainPlan:
     watch: Any  # what is looked at meanwhile, see watch.py
 
     def describe(self) -> str:
-        c, f = self.config, predict(self.config, self.micro_batch, self.accumulation)
+        c, f = self.config, predict(self.config, self.micro_batch, self.accumulation, self.processes)
         data = f"{len(self.latents):,} latents {self.latents.shape}" if self.latents is not None else f"not set: {c.data.data_path}"
         epochs = f" = {c.train.max_steps * c.train.global_batch_size / len(self.latents):.1f} epochs" if self.latents is not None else ""
         return (
@@ -108,14 +108,15 @@ def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
     return latents
 
 
-def predict(config: LightningDiTConfig, micro: int, accumulated: int) -> dict[str, Any]:
+def predict(config: LightningDiTConfig, micro: int, accumulated: int, processes: int) -> dict[str, Any]:
     """Parameters, FLOPs an image (forward), bytes of memory and of a checkpoint, from the model on the meta device."""
     from vavae_fast.models.lightningdit_cost import flops_per_image, parameter_count, training_bytes
 
     model = _on_meta(config)
     parameters = parameter_count(model)
     precision = "fp32" if config.train.precision == "fp32" else "bf16"  # what auto is on a GPU
-    memory = training_bytes(model, micro, accumulated > 1, precision, config.model.use_checkpoint)
+    shards = processes if config.train.shard == "full" else 1  # hybrid shards within a node, whose size is not known here
+    memory = training_bytes(model, micro, accumulated > 1, precision, config.model.use_checkpoint, shards)
     bytes_of = dict(memory=memory, checkpoint_bytes=16 * parameters)
     return dict(parameters=parameters, flops=flops_per_image(model), precision=precision, **bytes_of)
 
