@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # narrower ones PyTorch does not promote
+
 
 def check(condition: bool, op: str, message: str) -> None:
     """Raise ValueError(f"{op}: {message}") unless `condition`."""
@@ -34,6 +36,11 @@ def check_number(op: str, name: str, value: Any) -> None:
     check(is_number(value), op, f"{name} must be a finite number, got {value!r}")
 
 
+def check_eps(op: str, eps: Any) -> None:
+    """What keeps a norm from a division by zero: a finite number, 0 or more."""
+    check(is_number(eps) and eps >= 0, op, f"eps must be a finite number, 0 or more, got {eps!r}")
+
+
 def check_out_dtype(op: str, dtype: Any) -> None:
     """None, for the default, or a floating dtype."""
     known = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
@@ -41,7 +48,7 @@ def check_out_dtype(op: str, dtype: Any) -> None:
 
 
 def check_tensors(op: str, *, optional: Mapping[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
-    """All are plain, floating point and on one device; only those of `optional` may be None, for an argument left out."""
+    """All are plain, dense, of `DTYPES` and on one device; only those of `optional` may be None, for an argument left out."""
     optional = optional or {}
     device = None
     for name, tensor in {**tensors, **optional}.items():
@@ -51,8 +58,10 @@ def check_tensors(op: str, *, optional: Mapping[str, Tensor | None] | None = Non
             raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{op}: {name} is a DTensor; pass its local shard, {name}.to_local()")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}; float64, float32, bfloat16 and float16 are taken")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{op}: {name} must be dense, got layout {tensor.layout}; pass {name}.to_dense()")
         device = tensor.device if device is None else device
         if tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the tensors before it on {device}")

@@ -28,11 +28,12 @@ def auto_means(impl: str) -> Iterator[None]:
         _auto = before
 
 
-def use_triton(op: str, impl: str, *tensors: Tensor | None) -> bool:
+def use_triton(op: str, impl: str, *tensors: Tensor | None, reason: str | None = None) -> bool:
     """Whether operator `op` runs its Triton kernel on `tensors`, else its reference.
 
     "auto" takes the kernel for CUDA tensors of fp32, bf16 and fp16. "triton" insists on it, also on CPU tensors under
-    TRITON_INTERPRET=1, and raises ValueError where it cannot run; so does an unknown `impl`.
+    TRITON_INTERPRET=1, and raises ValueError where it cannot run; so does an unknown `impl`. `reason`, if there is one, says
+    why the kernel does not take this call, whatever its tensors' dtypes and device: "takes this, got that".
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
@@ -45,11 +46,13 @@ def use_triton(op: str, impl: str, *tensors: Tensor | None) -> bool:
     if impl == "auto":
         if on_gpu and _compat.TRITON_VERSION is None and not torch.compiler.is_compiling():
             _say_triton_is_missing()
-        return on_gpu and _compat.TRITON_VERSION is not None and not odd_dtypes
+        return on_gpu and _compat.TRITON_VERSION is not None and not odd_dtypes and reason is None
     if _compat.TRITON_VERSION is None:
         raise ValueError(f"{op}: impl='triton', but Triton is not installed: pip install triton, or impl='auto'")
     if odd_dtypes:
         raise ValueError(f"{op}: the Triton kernel takes float32, bfloat16 and float16, got {odd_dtypes[0]}; use impl='torch'")
+    if reason is not None:
+        raise ValueError(f"{op}: the Triton kernel {reason}; use impl='torch'")
     if not on_gpu and not _compat.INTERPRETED and not _launch.recording():
         raise ValueError(f"{op}: impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 for CPU tensors; use impl='auto'")
     return True

@@ -304,7 +304,7 @@ FAKE_CUDA = dict(device="cuda")
         ("fused", dict(), "backend 'fused' is one kernel from packed qkv; call qk_norm_rope_attention"),
         ("flash", dict(), "unknown backend 'flash'; known: auto, sdpa, fused, flash-attn, xformers, math"),
         (None, dict(), "unknown backend None"),
-        ("math", dict(dtype=torch.float8_e4m3fn), "takes float16, bfloat16, float32, float64, q is float8_e4m3fn"),
+        ("math", dict(dtype=torch.float8_e4m3fn), "q must be floating point, got torch.float8_e4m3fn; float64, float32, bfloat16 and float16"),
     ],
 )
 def test_what_a_backend_does_not_take_is_one_line(backend, changes, message):

@@ -212,6 +212,11 @@ def test_bad_tensors_are_refused_at_the_door(op, make):
             op(**{**arguments, name: misshapen(value)})
         with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be a tensor, got list"):
             op(**{**arguments, name: value.tolist()})
+        with pytest.raises(ValueError, match=f"^{op.__name__}: {name} must be floating point, got torch.float8_e4m3fn; float64, float32, "):
+            op(**{**arguments, name: value.to(torch.float8_e4m3fn)})
+        for gappy, layout in ((value.to_sparse(), "torch.sparse_coo"), (value.float().to_mkldnn(), "torch._mkldnn")):
+            with pytest.raises(ValueError, match=f"^{op.__name__}: {name} must be dense, got layout {layout}"):
+                op(**{**arguments, name: gappy})
 
 
 @over_operators
@@ -234,7 +239,7 @@ def test_only_what_has_a_default_or_a_meaning_may_be_left_out(op, make):
 
 @over_operators
 def test_numbers_and_dtypes_of_the_wrong_kind_are_named(op, make):
-    wrong = {"eps": ["1e-6", None, True, torch.nan], "num_groups": [2.0, None, 0, "2"], "scale": ["1"], "out_dtype": ["fp32", torch.int64, 1]}
+    wrong = {"eps": ["1e-6", None, True, torch.nan, -1e-6], "num_groups": [2.0, None, 0, "2"], "scale": ["1"], "out_dtype": ["fp32", torch.int64, 1]}
     wrong |= {"distmat_margin": [None, "0", torch.nan], "cos_margin": [None, [0.0], torch.inf]}
     arguments = make()
     taken = inspect.signature(op).parameters.keys() - {name for name, value in arguments.items() if isinstance(value, torch.Tensor)}
@@ -369,10 +374,16 @@ def test_qk_arguments_that_contradict_each_other():
         (dict(cos=arguments["cos"].clone().requires_grad_()), "cos requires grad"),
         (dict(qkv=randn(B, N, 2, H, DH)), "qkv must be"),
         (dict(qkv=randn(B, N, 3, H, 7)), "must be even"),
+        (dict(qkv=randn(B, N, 3, H, 0)), "with Dh > 0"),
     ):
         for op in (qk_norm_rope, qk_norm_rope_attention):
             with pytest.raises(ValueError, match=message):
                 op(**{**arguments, **changes})
+
+
+def test_group_norm_needs_channels():
+    with pytest.raises(ValueError, match=r"^group_norm_silu: x must be \(B, C, H, W\) with C > 0, got shape \(2, 0, 3, 2\)$"):
+        group_norm_silu(randn(B, 0, 3, 2), 1, randn(0), randn(0))
 
 
 @pytest.mark.parametrize("op, name", [(flow_loss, "x0"), (flow_loss, "x1"), (vf_loss, "features")])

@@ -21,8 +21,11 @@ from torch import Tensor
 
 from .._compat import tl, triton
 from .._launch import Config, cdiv, choose, inner_contiguous, launch, power_of_two, processors, row_parts
-from .._registry import register
+from .._registry import STORAGE_DTYPES, register
 from .._tiles import load_rows, load_vector, row_dot, row_sum, store_rows, store_vector, zero_vector
+
+MAX_WIDTH = 1 << 16  # of a row, which a program holds in registers
+PIPELINED_WIDTH = 2048  # up to which the tiles of several stages fit the shared memory of every GPU in fp32
 
 
 @triton.jit
@@ -220,7 +223,8 @@ def _forward(
     gate, scale, shift = (None if m is None else inner_contiguous(m) for m in (gate, scale, shift))
     outputs = _forward_outputs(x, o, gate, scale, shift, weight, layer, eps, out_dtype)
     r, y, rstd, mean = outputs
-    config = choose("adaptive_norm_fwd", (D, x.dtype, out_dtype, gate is not None), Config((power_of_two(4608 / D),)), x.device)
+    default = Config((power_of_two(4608 / D),), _warps(D, 8192))
+    config = choose("adaptive_norm_fwd", (D, x.dtype, out_dtype, gate is not None), default, x.device)
     (R,) = config.tile
     launch(
         adaptive_norm_fwd, (B * cdiv(N, R),),
@@ -251,7 +255,7 @@ def _backward(
     outputs = _backward_outputs(dy, dr, x, o, gate, scale, weight, rstd, mean, shift_dtype)
     dx, do, dgate, dscale, dshift, dweight = outputs
 
-    default = Config((power_of_two(1024 / D), 8), stages=3)
+    default = Config((power_of_two(1024 / D), 8), _warps(D, PIPELINED_WIDTH), 3 if D <= PIPELINED_WIDTH else 1)
     config = choose("adaptive_norm_bwd", (D, x.dtype, dy.dtype, gate is not None), default, x.device)
     R, programs_per_processor = config.tile
     splits = min(power_of_two(programs_per_processor * processors(x.device) / max(B, 1)), power_of_two(N / R))
@@ -292,6 +296,11 @@ def _backward_outputs(
     dshift = x.new_empty(0 if shift_dtype is None else (B, D), dtype=shift_dtype)
     dweight = x.new_empty(0 if weight is None else D, dtype=torch.float32)
     return x.new_empty(x.shape), like(o, x.shape), like(gate, (B, D)), like(scale, (B, D)), dshift, dweight
+
+
+def _warps(D: int, width: int) -> int:
+    """Four for rows up to `width`, whose values then fit the registers; more for wider ones, at most what a program can have."""
+    return min(32, 4 * (1 << (cdiv(D, width) - 1).bit_length()))
 
 
 def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
@@ -338,6 +347,15 @@ class _AdaptiveNorm(torch.autograd.Function):
             dx, absent if o is None else do, absent if gate is None else dgate, absent if scale is None else dscale,
             absent if ctx.shift_dtype is None else dshift, absent if weight is None else dweight.to(weight.dtype), None, None, None,
         )  # fmt: skip
+
+
+def why_not_kernel(x: Tensor, out_dtype: torch.dtype) -> str | None:
+    """A reason for `use_triton`, if x (..., D) or the result's dtype is outside of what these kernels take."""
+    if x.shape[-1] > MAX_WIDTH:
+        return f"takes rows of at most {MAX_WIDTH}, got {x.shape[-1]}"
+    if x.numel() // x.shape[-1] >= 2**31:
+        return f"counts rows in 32 bits, got {x.numel() // x.shape[-1]}"
+    return None if out_dtype in STORAGE_DTYPES else f"writes float32, bfloat16 and float16, got {out_dtype}"
 
 
 def adaptive_norm(

@@ -7,7 +7,7 @@ Shapes  residual, y (B, N, D); gate, scale, shift (B, D), each may be a chunk vi
         -> new_residual (B, N, D) in residual's dtype, out (B, N, D) in out_dtype, else y's dtype.
 Dtypes  any mixture: the residual stream is fp32 under autocast, the next GEMM wants bf16. Arithmetic fp32, one rounding
         at each store.
-Saved   new_residual, y, gate, scale, rstd (and mean).  HBM bytes a row of D, residual at s and y, out at o bytes:
+Saved   residual, y, gate, scale, weight, rstd (and mean).  HBM bytes a row of D, residual at s and y, out at o bytes:
         forward D (2 s + 2 o), backward D (3 s + 3 o).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype, check_shape, check_tensors
 from .._registry import use_triton
-from ._adaptive_norm import adaptive_norm
+from ._adaptive_norm import adaptive_norm, why_not_kernel
 from .norm_modulate import check_adaln, modulated, normalized
 
 
@@ -58,6 +58,7 @@ def gate_add_norm_modulate(
     check_tensors(op, residual=residual, y=y, gate=gate, scale=scale, optional=dict(shift=shift, weight=weight))
     check_adaln(op, residual, {"gate": gate, "scale": scale, "shift": shift}, weight, norm, eps, out_dtype)
     check_shape(op, "y", y, tuple(residual.shape))
-    if use_triton(op, impl, residual, y, gate, scale, shift, weight):
-        return adaptive_norm(residual, y, gate, scale, shift, weight, norm == "layer", float(eps), out_dtype or y.dtype)
+    out_dtype = out_dtype or y.dtype
+    if use_triton(op, impl, residual, y, gate, scale, shift, weight, reason=why_not_kernel(residual, out_dtype)):
+        return adaptive_norm(residual, y, gate, scale, shift, weight, norm == "layer", float(eps), out_dtype)
     return gate_add_norm_modulate_reference(residual, y, gate, scale, shift, weight, norm, eps, out_dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_number, check_shape, check_tensors, is_integer
+from .._checks import arithmetic_dtype, check, check_eps, check_shape, check_tensors, is_integer
 from .._registry import use_triton
 from ._group_norm import group_norm
 from ._layout import memory_format
@@ -35,11 +35,11 @@ def group_norm_silu(
     """Group normalisation, then SiLU unless silu=False. x (B, C, H, W), weight, bias (C,) -> y like x."""
     op = "group_norm_silu"
     check_tensors(op, x=x, weight=weight, bias=bias)
-    check(x.ndim == 4, op, f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    check(x.ndim == 4 and x.shape[1] > 0, op, f"x must be (B, C, H, W) with C > 0, got shape {tuple(x.shape)}")
     channels = x.shape[1]
     if not (is_integer(num_groups) and num_groups > 0):  # messages made only for an error: torch.compile cannot print a symbolic number
         raise ValueError(f"{op}: num_groups must be an integer above 0, got {num_groups!r}")
-    check_number(op, "eps", eps)
+    check_eps(op, eps)
     if channels % num_groups != 0:
         raise ValueError(f"{op}: {channels} channels do not divide into {num_groups} groups")
     check_shape(op, "weight", weight, (channels,))

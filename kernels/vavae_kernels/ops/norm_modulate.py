@@ -14,9 +14,9 @@ The kernels are those of `_adaptive_norm.py`, which `rms_norm` and `gate_add_nor
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_number, check_out_dtype, check_shape, check_tensors
+from .._checks import arithmetic_dtype, check, check_eps, check_out_dtype, check_shape, check_tensors
 from .._registry import use_triton
-from ._adaptive_norm import adaptive_norm
+from ._adaptive_norm import adaptive_norm, why_not_kernel
 
 NORMS = ("rms", "layer")
 
@@ -66,9 +66,10 @@ def norm_modulate(
     op = "norm_modulate"
     check_tensors(op, x=x, scale=scale, optional=dict(shift=shift, weight=weight))
     check_adaln(op, x, {"scale": scale, "shift": shift}, weight, norm, eps, out_dtype)
-    if not use_triton(op, impl, x, scale, shift, weight):
+    out_dtype = out_dtype or scale.dtype
+    if not use_triton(op, impl, x, scale, shift, weight, reason=why_not_kernel(x, out_dtype)):
         return norm_modulate_reference(x, scale, shift, weight, norm, eps, out_dtype)
-    return adaptive_norm(x, None, None, scale, shift, weight, norm == "layer", float(eps), out_dtype or scale.dtype)[1]
+    return adaptive_norm(x, None, None, scale, shift, weight, norm == "layer", float(eps), out_dtype)[1]
 
 
 def check_adaln(
@@ -83,7 +84,7 @@ def check_adaln(
     """x (B, N, D), every modulation (B, D), weight (D,), a known norm, eps a number, out_dtype floating."""
     check(norm in NORMS, op, f"norm must be 'rms' or 'layer', got {norm!r}")
     check(x.ndim == 3 and x.shape[-1] > 0, op, f"x must be (B, N, D) with D > 0, got shape {tuple(x.shape)}")
-    check_number(op, "eps", eps)
+    check_eps(op, eps)
     check_out_dtype(op, out_dtype)
     for name, tensor in modulation.items():
         check_shape(op, name, tensor, (x.shape[0], x.shape[2]))

@@ -15,7 +15,7 @@ Saved   cos, sin, and with a norm qkv and the weights.  HBM bytes a token of H D
 import torch
 from torch import Tensor
 
-from .._checks import arithmetic_dtype, check, check_no_grad, check_number, check_shape, check_tensors
+from .._checks import arithmetic_dtype, check, check_eps, check_no_grad, check_shape, check_tensors
 from .._registry import use_triton
 from ._qk_norm_rope import qk_norm_rope_triton
 from .norm_modulate import normalized
@@ -83,8 +83,9 @@ def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias
     """Shapes of the docstring; weights only beside a norm, biases only beside "layer"."""
     affine = dict(q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
     check_tensors(op, qkv=qkv, optional=dict(cos=cos, sin=sin, **affine))
-    check_number(op, "eps", eps)
-    check(qkv.ndim == 5 and qkv.shape[2] == 3, op, f"qkv must be (B, N, 3, H, Dh), got shape {tuple(qkv.shape)}")
+    check_eps(op, eps)
+    packed = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.shape[4] > 0
+    check(packed, op, f"qkv must be (B, N, 3, H, Dh) with Dh > 0, got shape {tuple(qkv.shape)}")
     tokens, head_dim = qkv.shape[1], qkv.shape[4]
     check(norm in (None, "rms", "layer"), op, f"norm must be None, 'rms' or 'layer', got {norm!r}")
     check((cos is None) == (sin is None), op, "cos and sin come together, or both None")
