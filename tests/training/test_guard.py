@@ -98,9 +98,9 @@ def test_counts_in_a_row_and_in_all():
     guard, (_, optimizer) = Guard(CPU, 3), trained()
     for finite, skipped, in_a_row in ((1, 0, 0), (0, 1, 1), (0, 2, 2), (1, 2, 0), (0, 3, 1), (0, 4, 2)):
         guard.step({optimizer: torch.tensor(1.0 if finite else float("nan"))})
-        guard.check(1)
+        guard.check(1, 8)
         assert (int(guard.skipped), int(guard.in_a_row)) == (skipped, in_a_row)
     guard.step({optimizer: torch.tensor(float("inf"))})
-    with pytest.raises(BadInput, match=r"not finite in the last 3 steps up to step 40.*Lower the learning rate") as caught:
-        guard.check(40)
+    with pytest.raises(BadInput, match=r"not finite in the last 3 steps up to step 40 \(samples 296 to 319 of the run's order\).*Lower the learning rate") as caught:
+        guard.check(40, 8)
     assert "\n" not in str(caught.value)

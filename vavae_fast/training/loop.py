@@ -143,7 +143,7 @@ def train(
             if done % settings.log_every == 0 or last:
                 values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)} | seen
                 log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
-                state.guard.check(done)
+                state.guard.check(done, settings.global_batch)
                 if state.guard.spiked(values["loss"]) and (target := _go_back(state, done, logged, values["loss"], saver, world, log)) is not None:
                     done = logged = target
                     feed.begin(done + state.guard.passed_over)
@@ -180,7 +180,7 @@ def _go_back(state: State, done: int, logged: int, loss: float, saver: Saver, wo
 
     None, and nothing done, without one. `BadInput` when the run has gone back as often as it may.
     """
-    saver.finish()
+    saver.settle()
     spike = f"the loss leapt to {loss:.4g} at step {done}"
     if state.guard.rollbacks >= state.guard.max_rollbacks:
         raise BadInput(

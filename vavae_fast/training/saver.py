@@ -213,7 +213,7 @@ class Saver:
 
     def save(self, step: int, groups: Groups) -> None:
         """Begin to save `groups` as they are now; waits only for the save before it."""
-        self._settle()
+        self.settle()
         parts = snapshot(groups, self.world.rank)
         self.job = _Job(self._write, step, parts, ready())
         self.job.start()
@@ -221,7 +221,7 @@ class Saver:
     def check(self) -> None:
         """Say what became of a save that has ended; costs nothing while it runs."""
         if self.job is not None and not self.job.is_alive():
-            self._settle()
+            self.settle()
 
     def rewind(self, step: int) -> Path | None:
         """The newest whole checkpoint of `step` or before; those after it are removed. None, and nothing removed, without one."""
@@ -236,7 +236,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for the save in flight. `BadInput` when the newest checkpoint could not be saved."""
-        self._settle()
+        self.settle()
         if self.failures:
             raise BadInput(f"{self.folder}: the last checkpoint could not be saved, see above; make room, and start the same command again")
 
@@ -251,7 +251,8 @@ class Saver:
                 return f"older checkpoints than that of step {step} stay: {error}"
         return None
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait for the save in flight and say what became of it. `BadInput` after FAILURES in a row."""
         job, self.job = self.job, None
         if job is None:
             return
