@@ -101,6 +101,7 @@ def test_counts_in_a_row_and_in_all():
         guard.check(1, 8)
         assert (int(guard.skipped), int(guard.in_a_row)) == (skipped, in_a_row)
     guard.step({optimizer: torch.tensor(float("inf"))})
-    with pytest.raises(BadInput, match=r"not finite in the last 3 steps up to step 40 \(samples 296 to 319 of the run's order\).*Lower the learning rate") as caught:
+    said = r"not finite in the last 3 steps up to step 40 \(samples 296 to 319 of the run's order\).*Lower the learning rate"
+    with pytest.raises(BadInput, match=said) as caught:
         guard.check(40, 8)
     assert "\n" not in str(caught.value)
