@@ -272,7 +272,7 @@ class Step:
         mcos = F.relu(1 - weights.cos_margin - F.cosine_similarity(self.features, projected)).mean()
         vf = weights.distmat_weight * mdms + weights.cos_weight * mcos
         ratio = (grad(nll, self.last_layers.encoder) / (grad(vf, self.last_layers.encoder) + 1e-4)).clamp(0, 1e8).detach()
-        vf_weight = weights.vf_weight * ratio if weights.adaptive_vf else torch.tensor(weights.vf_weight).double()
+        vf_weight = weights.vf_weight * ratio if weights.adaptive_vf else torch.tensor(weights.vf_weight, dtype=torch.float64)
         factor = weights.disc_factor if 2 * iteration >= weights.disc_start else 0.0
         loss = nll + weights.kl_weight * posterior.kl().sum() / 2 + d_weight * factor * g_loss + vf_weight * vf
         on = factor > 0

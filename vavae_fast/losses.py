@@ -253,7 +253,7 @@ def generator_objective(
     if alignment is not None:
         terms |= alignment_terms(alignment, weights)
         if not weights.adaptive_vf:
-            terms["vf_weight"] = terms["vf_weight"] + weights.vf_weight
+            terms["vf_weight"] = torch.full_like(terms["vf_loss"], weights.vf_weight)
         elif training:
             terms["vf_weight"] = weights.vf_weight * adaptive_weight(terms["nll"], terms["vf_loss"], last_layers.encoder, 1e8)
     return {"loss": weighted_sum(terms, iteration, weights), **{name: value.detach() for name, value in terms.items()}}

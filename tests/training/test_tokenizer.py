@@ -9,7 +9,7 @@ from tokenizer_states import ADAM, SEED, batch, state
 
 from vavae_fast import rng
 from vavae_fast.training.one_pass import one_pass_gradients
-from vavae_fast.training.tokenizer import plain_gradients, tokenizer_step
+from vavae_fast.training.tokenizer import accumulate, plain_gradients, tokenizer_step
 
 BOTH = pytest.mark.parametrize("formulation", [plain_gradients, one_pass_gradients])
 
@@ -206,6 +206,21 @@ def test_groups_bring_a_fresh_state_to_the_same_next_step():
                 tokenizer_step(s, step, [batch(first=4 * step)])
         for group, tensors in straight.groups().items():
             assert all(torch.equal(value, resumed.groups()[group][name]) for name, value in tensors.items()), (done, group)
+
+
+@pytest.mark.parametrize("ours", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("theirs", [torch.contiguous_format, torch.channels_last])
+def test_gradients_take_the_memory_layout_of_their_parameter(ours, theirs):
+    """The fused Adam refuses another; a convolution in channels-last gives its weight's gradient in channels-last."""
+    p = torch.nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=ours))
+    first, second = (torch.randn(4, 3, 2, 2).contiguous(memory_format=theirs) for _ in range(2))
+    accumulate({p: first.clone()}, 1)
+    assert p.grad.stride() == p.stride() and torch.equal(p.grad, first)
+    p.grad = None
+    for gradient in (first, second):
+        accumulate({p: gradient}, 2)
+    assert p.grad.stride() == p.stride()
+    torch.testing.assert_close(p.grad, (first + second) / 2)
 
 
 def test_the_learning_rate_decays_at_the_end():

@@ -21,7 +21,6 @@ g_loss and d_loss, whose step comes after both.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from vavae_fast.data.images import ImageBatch
@@ -130,7 +129,7 @@ def _vf_weight(state: TokenizerState, z: Tensor, u_nll: Tensor | None, u_vf: Ten
     """vf_weight, (): times the ratio of the two gradients at the encoder's last layer when it is adaptive."""
     weights, last = state.weights, state.autoencoder.last_encoder_weight
     if not weights.adaptive_vf:
-        return torch.full((), weights.vf_weight, device=z.device)
+        return u_vf.new_full((), weights.vf_weight)
     (of_nll,), (of_vf,) = vjp(z, [last], u_nll, keep=True), vjp(z, [last], u_vf, keep=True)
     return weights.vf_weight * gradient_ratio(of_nll, of_vf, 1e8)
 

@@ -116,7 +116,7 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     means: dict[str, Tensor] = {}
     for batch in micro_batches:
         terms, gradients = state.gradients(state, step, batch)
-        _accumulate(gradients, len(micro_batches))
+        accumulate(gradients, len(micro_batches))
         for key, value in terms.items():
             means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
 
@@ -155,7 +155,7 @@ def plain_gradients(state: TokenizerState, step: int, batch: ImageBatch) -> tupl
     return terms, gradients
 
 
-def _accumulate(gradients: Gradients, parts: int) -> None:
+def accumulate(gradients: Gradients, parts: int) -> None:
     """p.grad += gradient / parts, in the memory layout of p, which the fused Adam asks for."""
     for p, gradient in gradients.items():
         if p.grad is not None:
