@@ -54,6 +54,22 @@ def test_vf_loss_with_zero_tokens_is_finite(impl):
             assert torch.autograd.grad(loss, z, retain_graph=True)[0].isfinite().all()
 
 
+@no_triton
+def test_channels_and_rows_of_the_projection_further_apart_than_32_bits():
+    """Offsets that an int32 would wrap; the memory between is never touched, so it costs none."""
+    z, projection = torch.randn(1, 3, 1, 2, device=DEVICE).bfloat16(), torch.randn(5, 3, device=DEVICE).bfloat16()
+    apart = [torch.empty_strided(x.shape, strides, dtype=x.dtype, device=DEVICE).copy_(x)
+             for x, strides in ((z, (1, 2**30 + 8, 2, 1)), (projection, (2**29 + 8, 1)))]  # fmt: skip
+    features = torch.randn(1, 5, 1, 2, device=DEVICE)
+    found, expected = (
+        (*losses, *torch.autograd.grad(losses[0] + losses[1], inputs))
+        for inputs in ([x.requires_grad_() for x in apart], [z.requires_grad_(), projection.requires_grad_()])
+        for losses in [vf_loss(*inputs, features, impl="triton")]
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def badly_conditioned(decades: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z (2, 8, 4, 4) in the two directions that W (64, 8), of condition number 10 ** decades, shrinks most."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,8 @@ def vf_gram(projection, gram, F, C, w_f, w_c, P: tl.constexpr, R: tl.constexpr):
     first = tl.program_id(0) * R
     projection += first.to(tl.int64) * w_f
     for r in tl.range(R, loop_unroll_factor=4):  # four loads in flight
-        w_P = tl.load(projection + r * w_f + c_P * w_c, mask=c_P < tl.where(first + r < F, C, 0), other=0.0).to(tl.float64)
+        w_row = projection + tl.cast(r, tl.int64) * w_f
+        w_P = tl.load(w_row + c_P.to(tl.int64) * w_c, mask=c_P < tl.where(first + r < F, C, 0), other=0.0).to(tl.float64)
         gram_PP += w_P[:, None] * w_P[None, :]
     tl.store(gram + (tl.program_id(0) * P + c_P[:, None]) * P + c_P[None, :], gram_PP)
 
@@ -38,7 +39,7 @@ def vf_factor(projection, gram, root, basis, F, C, w_f, w_c, PARTS, P: tl.conste
     length_P = tl.sqrt(tl.sum(tl.where(c_P[:, None] == c_P[None, :], left_PP, 0.0), 0))
     inverse_P = tl.where(length_P > 0, 1.0 / tl.where(length_P > 0, length_P, 1.0), 0.0)
     left_PP *= inverse_P[:, None] * inverse_P[None, :]
-    q_RP = tl.load(projection + f_R[:, None] * w_f + c_P[None, :] * w_c, mask=in_RP, other=0.0).to(tl.float64) * inverse_P[None, :]
+    q_RP = tl.load(projection + f_R[:, None] * w_f + c_P.to(tl.int64)[None, :] * w_c, mask=in_RP, other=0.0).to(tl.float64) * inverse_P[None, :]
     for k in range(C):
         row_P = tl.sum(tl.where((c_P == k)[:, None], left_PP, 0.0), 0)
         pivot = tl.sum(tl.where(c_P == k, row_P, 0.0), 0)
@@ -91,7 +92,7 @@ def vf_tokens(
 
     y_IP = tl.zeros((I, P), tl.float64)
     for c in tl.range(C, loop_unroll_factor=4):
-        z_I = tl.load(z + b * z_b + c * z_c + n_I * z_n, mask=in_I, other=0.0).to(tl.float64)
+        z_I = tl.load(z + b * z_b + tl.cast(c, tl.int64) * z_c + n_I * z_n, mask=in_I, other=0.0).to(tl.float64)
         y_IP += z_I[:, None] * tl.load(root + c_P * P + c, mask=c_P < C, other=0.0)[None, :]
     y_IP = y_IP.to(tl.float32)
     at_IP = (b * N + n_I)[:, None] * C + c_P[None, :]
