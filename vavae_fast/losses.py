@@ -199,12 +199,12 @@ class LastLayers(NamedTuple):
 def reconstruction_terms(
     images: Tensor, reconstructions: Tensor, weights: LossWeights, perceptual: Callable[[Tensor, Tensor], Tensor] | None
 ) -> dict[str, Tensor]:
-    """nll, and of what it is made: rec = mean |x - r|, perceptual = mean LPIPS, 0 where that is off. Each ()."""
+    """nll; and without gradient rec = mean |x - r| and perceptual = mean LPIPS, 0 where that is off. Each ()."""
     distance = perceptual(images, reconstructions) if perceptual is not None and weights.perceptual_weight > 0 else None
     return dict(
         nll=reconstruction_nll(images, reconstructions, distance, weights.perceptual_weight),
-        rec=(wide(images) - wide(reconstructions)).abs().mean(),
-        perceptual=images.new_zeros(()) if distance is None else distance.mean(),
+        rec=(wide(images) - wide(reconstructions.detach())).abs().mean(),
+        perceptual=images.new_zeros(()) if distance is None else distance.detach().mean(),
     )
 
 
