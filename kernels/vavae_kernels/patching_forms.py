@@ -256,6 +256,8 @@ def _why_not_block(block: nn.Module) -> str | None:
     chunks = _modulation_chunks(block.adaLN_modulation, norm_width(block.norm1))
     if chunks not in (4, 6) or (chunks == 4 and type(block).__name__ != "LightningDiTBlock"):
         return f"its modulation has {chunks:g} chunks"
+    if getattr(block, "use_checkpoint", False):
+        return "its own forward recomputes activations; build the model with fused=True"
     return None
 
 

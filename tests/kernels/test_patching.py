@@ -375,6 +375,11 @@ def test_what_is_asked_for_and_cannot_be_is_an_error(model, ops, message):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_operators_that_are_no_list_are_named():
+    with pytest.raises(TypeError, match="^patch: ops is a list of operators, got 3$"):
+        patch(lightning(), 3)
+
+
 def test_a_backend_that_cannot_be_is_an_error_before_anything_is_replaced():
     model = lightning()
     for backend, message in (("flash3", "unknown backend 'flash3'"), ("xformers", "xformers is not installed; pip install xformers")):
@@ -483,7 +488,7 @@ def test_a_patched_block_is_recomputed_by_checkpointing():
     model, batch = lightning(use_checkpoint=True).train(), inputs()
     labels = dict(drop_labels=torch.zeros(2, dtype=torch.bool))
     expected = torch.autograd.grad(model(*batch, **labels).square().sum(), model.blocks[0].attn.qkv.weight)
-    patch(model)
+    assert "its own forward recomputes activations; build the model with fused=True" in str(patch(model).report)
     got = torch.autograd.grad(model(*batch, **labels).square().sum(), model.blocks[0].attn.qkv.weight)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
     block, x, c = DiTBlock().double(), torch.randn(2, N, D, dtype=torch.float64, requires_grad=True), torch.randn(2, D, dtype=torch.float64)

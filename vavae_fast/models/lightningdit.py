@@ -312,12 +312,11 @@ class LightningDiTBlock(nn.Module):
             return None, scale_msa, gate_msa, None, scale_mlp, gate_mlp
         return chunks.chunk(6, dim=1)
 
-    def forward(self, *inputs):
-        """`transform` of the same inputs. Checkpointing lies inside, where a compiler and FSDP's hooks want it."""
-        return checkpointed(self.transform, self.use_checkpoint, *inputs)
+    def forward(self, x: Tensor, c: Tensor, feat_rope: nn.Module | None = None) -> Tensor:
+        """x (N, T, D), c (N, D) -> (N, T, D). Checkpointing lies inside, where a compiler and FSDP's hooks want it."""
+        return checkpointed(self.transform, self.use_checkpoint, x, c, feat_rope)
 
-    def transform(self, x: Tensor, c: Tensor, feat_rope: nn.Module | None = None) -> Tensor:
-        """x (N, T, D), c (N, D) -> (N, T, D)."""
+    def transform(self, x: Tensor, c: Tensor, feat_rope: nn.Module | None) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope=feat_rope)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -329,10 +328,15 @@ class FusedLightningDiTBlock(LightningDiTBlock):
     def _parts(self) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
         return FusedAttention, FusedSwiGLUFFN
 
-    def transform(
+    def forward(
         self, residual: Tensor, y: Tensor | None, gate: Tensor | None, c: Tensor, feat_rope: nn.Module | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """residual + gate · y is the block's input; y and gate are None before the first block. Returns the same three."""
+        return checkpointed(self.transform, self.use_checkpoint, residual, y, gate, c, feat_rope)
+
+    def transform(
+        self, residual: Tensor, y: Tensor | None, gate: Tensor | None, c: Tensor, feat_rope: nn.Module | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
         residual, h = _add_norm_modulate(residual, y, gate, scale_msa, shift_msa, self.norm1)
         y = self.attn(h, rope=feat_rope)
