@@ -380,9 +380,33 @@ def test_parameters_on_two_devices_are_refused():
         AdamWEMA([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))])
 
 
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        (dict(lr=-1.0), "lr must be a number, 0 or more, got -1.0"),
+        (dict(betas=(2, 2)), r"betas must be a pair of numbers in \[0, 1\), got \(2, 2\)"),
+        (dict(ema_decay=2), r"ema_decay must be a number in \[0, 1\], a tensor or None, got 2"),
+        (dict(params=[("a", nn.Parameter(torch.zeros(2)))]), r"names of parameters must differ, .* more than once: \['a'\]"),
+        (dict(params=[("b", nn.Parameter(torch.zeros(2, device="meta")))]), "parameters must share one device"),
+    ],
+)
+def test_groups_are_checked_and_one_that_is_refused_is_not_added(group, message):
+    given = dict(params=[("b", nn.Parameter(torch.zeros(2)))]) | group
+    optimizer = AdamWEMA([("a", nn.Parameter(torch.zeros(2)))])
+    with pytest.raises(ValueError, match=f"^AdamWEMA: {message}"):
+        optimizer.add_param_group(given)
+    assert optimizer.ema_state_dict().keys() == {"a"}
+    with pytest.raises(ValueError, match=f"^AdamWEMA: {message}"):
+        AdamWEMA([dict(params=[("a", nn.Parameter(torch.zeros(2)))]), given])
+
+
 def test_only_floating_point_and_dense():
     with pytest.raises(ValueError, match="AdamWEMA: parameters must be floating point, 0 is torch.complex64"):
         AdamWEMA([torch.zeros(2, dtype=torch.complex64)])
+    with pytest.raises(ValueError, match="AdamWEMA: parameters must be floating point, 0 is torch.float8_e4m3fn; 16 bits at least"):
+        AdamWEMA([torch.zeros(2).to(torch.float8_e4m3fn)])
+    with pytest.raises(ValueError, match="AdamWEMA: parameters must be dense, 0 has layout torch.sparse_coo"):
+        AdamWEMA([torch.zeros(2).to_sparse()])
     p = nn.Parameter(torch.zeros(3, device=DEVICE))
     p.grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), device=DEVICE, check_invariants=True)
     with pytest.raises(ValueError, match="AdamWEMA: gradients must be dense"):

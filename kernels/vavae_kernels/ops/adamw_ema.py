@@ -16,6 +16,7 @@ parameters; and, where that cannot be compiled, torch.optim's fused AdamW follow
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from .._checks import arithmetic_dtype, check, is_number
+from .._checks import DTYPES, arithmetic_dtype, check, is_number
 from .._extension import BuildError
 from .._registry import IMPLEMENTATIONS
 from ._adamw_ema_compiled import CompiledStep, Slot, in_one_order
@@ -170,24 +171,32 @@ class AdamWEMA(torch.optim.Optimizer):
         impl: str = "auto",
         bf16_copy: bool = False,
     ):
-        numbers = dict(eps=eps, weight_decay=weight_decay) if isinstance(lr, Tensor) else dict(lr=lr, eps=eps, weight_decay=weight_decay)
-        for name, value in numbers.items():
-            check(is_number(value) and value >= 0, "AdamWEMA", f"{name} must be a number, 0 or more, got {value!r}")
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
-        check(pair, "AdamWEMA", f"betas must be a pair of numbers in [0, 1), got {betas!r}")
-        if not isinstance(ema_decay, Tensor):
-            decay = ema_decay is None or (is_number(ema_decay) and 0 <= ema_decay <= 1)
-            check(decay, "AdamWEMA", f"ema_decay must be a number in [0, 1], a tensor or None, got {ema_decay!r}")
         check(impl in IMPLEMENTATIONS, "AdamWEMA", f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self._impl = impl
         self._bf16: dict[Tensor, Tensor] | None = {} if bf16_copy else None
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, ema_decay=ema_decay, capturable=True)
-        super().__init__(params, defaults)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema_decay=ema_decay, capturable=True)
+        _check_settings(defaults)
+        super().__init__(params, {**defaults, "betas": tuple(betas)})
+        _compiled(impl, self.param_groups[0]["params"][0].device)  # compiles now, not in the first step
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer does, the constructor through it: with the same checks of settings, names and tensors."""
+        super().add_param_group(param_group)
+        try:
+            _check_settings(self.param_groups[-1])
+            self._check_parameters()
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_parameters(self) -> None:
+        again = [name for name, count in Counter(name for name, _, _ in self._named()).items() if count > 1]
+        check(not again, "AdamWEMA", f"names of parameters must differ, they are the keys of the EMA; more than once: {again[:5]}")
         for name, p, _ in self._named():
-            check(p.is_floating_point(), "AdamWEMA", f"parameters must be floating point, {name} is {p.dtype}")
+            check(p.dtype in DTYPES, "AdamWEMA", f"parameters must be floating point, {name} is {p.dtype}; 16 bits at least")
+            check(p.layout == torch.strided, "AdamWEMA", f"parameters must be dense, {name} has layout {p.layout}")
         devices = {p.device for _, p, _ in self._named()}
         check(len(devices) == 1, "AdamWEMA", f"parameters must share one device, got {sorted(map(str, devices))}")
-        _compiled(impl, devices.pop())  # compiles now, not in the first step
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_impl": self._impl, "_bf16": self._bf16}
@@ -307,6 +316,18 @@ class AdamWEMA(torch.optim.Optimizer):
         for i, (_, p, _) in zip(ids, self._named()):
             for key, value in state_dict["state"].get(i, {}).items():
                 self.state[p][key] = value.to(p.device, copy=True)  # torch would cast it to the parameter's dtype
+
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    """Numbers of the defaults or of a group. lr and ema_decay as tensors are left to `_rate_on`: to show one is to wait for it."""
+    lr, betas, decay = group["lr"], group["betas"], group["ema_decay"]
+    for name in ("eps", "weight_decay") if isinstance(lr, Tensor) else ("lr", "eps", "weight_decay"):
+        check(is_number(group[name]) and group[name] >= 0, "AdamWEMA", f"{name} must be a number, 0 or more, got {group[name]!r}")
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+    check(pair, "AdamWEMA", f"betas must be a pair of numbers in [0, 1), got {betas!r}")
+    if not isinstance(decay, Tensor):
+        known = decay is None or (is_number(decay) and 0 <= decay <= 1)
+        check(known, "AdamWEMA", f"ema_decay must be a number in [0, 1], a tensor or None, got {decay!r}")
 
 
 def _step_torch(slots: list[Slot], group: Mapping[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
