@@ -106,6 +106,9 @@ def register_backend(
         raise ValueError(f"register_backend: there is a backend {name!r} already; take another name")
     if not callable(run):
         raise TypeError(f"register_backend: run must be a function of q, k, v and scale, got {type(run).__name__}")
+    for limit, given in (("devices", devices), ("dtypes", dtypes), ("head_dims", head_dims)):
+        if given is not None and (isinstance(given, str) or not isinstance(given, Collection)):
+            raise TypeError(f"register_backend: {limit} must be None or several, as in a tuple, got {given!r}")
     BACKENDS[name] = Backend(name, run, devices, dtypes, head_dims, note=note)
 
 
@@ -121,7 +124,7 @@ def backend_table() -> list[str]:
 
 def _row(op: str, backend: str) -> Backend:
     name = "sdpa" if backend == "auto" else backend
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     return BACKENDS[name]
 

@@ -87,6 +87,8 @@ def _wanted(ops: Iterable[str] | None) -> tuple[str, ...]:
         return OPERATORS
     if isinstance(ops, str):
         raise ValueError(f"patch: ops is a list of operators, got the text {ops!r}; pass [{ops!r}]")
+    if not isinstance(ops, Iterable):
+        raise TypeError(f"patch: ops is a list of operators, got {ops!r}")
     wanted = tuple(ops)
     for op in wanted:
         if op not in OPERATORS:

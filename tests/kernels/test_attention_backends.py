@@ -304,6 +304,7 @@ FAKE_CUDA = dict(device="cuda")
         ("fused", dict(), "backend 'fused' is one kernel from packed qkv; call qk_norm_rope_attention"),
         ("flash", dict(), "unknown backend 'flash'; known: auto, sdpa, fused, flash-attn, xformers, math"),
         (None, dict(), "unknown backend None"),
+        (["math"], dict(), "unknown backend ['math']"),
         ("math", dict(dtype=torch.float8_e4m3fn), "q must be floating point, got torch.float8_e4m3fn; float64, float32, bfloat16 and float16"),
     ],
 )
@@ -377,6 +378,11 @@ def test_a_backend_needs_a_name_and_a_function(registry):
         register_backend("", by_hand)
     with pytest.raises(TypeError, match="run must be a function of q, k, v and scale, got str"):
         register_backend("mine", "by hand")
+    with pytest.raises(TypeError, match="devices must be None or several, as in a tuple, got 'cpu'"):
+        register_backend("mine", by_hand, devices="cpu")
+    with pytest.raises(TypeError, match="head_dims must be None or several, as in a tuple, got 64"):
+        register_backend("mine", by_hand, head_dims=64)
+    assert "mine" not in registry
 
 
 def test_the_table_has_a_row_a_backend():
