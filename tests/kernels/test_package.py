@@ -71,4 +71,5 @@ assert "torch" not in sys.modules
 from vavae_fast.models import LightningDiT
 print(sorted(name for name in sys.modules if name.startswith("vavae_fast.models.")))
 """
-    assert python(code, tmp_path) == "['vavae_fast.models.activation_checkpointing', 'vavae_fast.models.lightningdit', 'vavae_fast.models.lightningdit_layers']"
+    loaded = ["vavae_fast.models.activation_checkpointing", "vavae_fast.models.lightningdit", "vavae_fast.models.lightningdit_layers"]
+    assert python(code, tmp_path) == str(loaded)
