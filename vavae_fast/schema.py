@@ -26,7 +26,7 @@ class DataConfig:
 
     data_path: str | None = None  # latent shards and latents_stats.pt
     valid_path: str | None = None  # latents that are not trained on, for the held-out loss of log.valid_every; null: none
-    fid_reference_file: str | None = None  # accepted; `evaluate` takes --reference
+    fid_reference_file: str | None = None  # for log.fid_every; `evaluate` takes --reference
     image_size: int = 256
     num_classes: int = 1000
     num_workers: int = 8  # the reference's loader processes; ours reads with threads and needs none
@@ -243,12 +243,16 @@ class LightningDiTLogConfig(LogConfig):
     valid_num: int = 2048  # latents of data.valid_path it is the mean over, evenly spread; all where there are fewer
     samples_every: int | None = None  # steps from one grid of samples (by the averaged weights, sample.*) to the next; null: none
     samples_num: int = 16  # images of a grid
+    fid_every: int | None = None  # steps from one small FID, against data.fid_reference_file, to the next; null: none
+    fid_num: int = 2048  # its samples
+    fid_inception: str | None = None  # weights of the FID Inception network
     layers_every: int | None = 1000  # steps from one look at each layer's attention logits and residual stream to the next; null: none
 
     def __post_init__(self):
-        for key in ("valid_every", "valid_num", "samples_every", "samples_num", "layers_every"):
+        for key in ("valid_every", "valid_num", "samples_every", "samples_num", "layers_every", "fid_every"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
+        require(self.fid_num >= 2048, "fid_num", self.fid_num, "2048 or more, the number of features")
 
 
 @dataclass(frozen=True)

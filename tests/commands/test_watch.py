@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,16 @@ from PIL import Image
 from tiny import contents, copy, done, files, launched, metrics
 
 from vavae_fast.cli import main
+from vavae_fast.commands import build, watch
+from vavae_fast.commands.sample import sampler_settings
+from vavae_fast.config import load_config
+from vavae_fast.data import open_latents
+from vavae_fast.distributed import World
+from vavae_fast.evaluation import feature_statistics, frechet_distance
+from vavae_fast.evaluation.reference import save_reference
+from vavae_fast.flow.generate import LatentScale, generate_images, generate_latents
+from vavae_fast.training.online_fid import share_of
+from vavae_fast.training.previews import preview_labels
 
 STEP = "checkpoints/step_{:08d}"
 WATCHED = ("log.valid_every=2", "log.valid_num=6", "log.samples_every=3", "log.samples_num=5", "log.layers_every=2")
@@ -111,6 +122,57 @@ def test_a_report_that_cannot_be_written_stops_nothing(tiny, out, capsys, monkey
     monkeypatch.setattr(report, "write", refuse)
     done("train", *tiny.dit(out))
     assert weights(out / "dit") == weights(tiny.dit_run) and "report.html was not written: " in capsys.readouterr().out
+
+
+class Colours(torch.nn.Module):
+    """Stands for Inception: 4 numbers an image."""
+
+    def forward(self, images):
+        return SimpleNamespace(pool=torch.cat([images.float().mean((2, 3)), images.float().std((1, 2, 3))[:, None]], 1) / 255)
+
+
+@pytest.fixture
+def judged(tiny, tmp_path, monkeypatch):
+    """The settings of a run that watches its FID, with a stand-in for Inception."""
+    monkeypatch.setattr(watch, "load_inception", lambda path: Colours())
+    (tmp_path / "inception.pth").write_bytes(b"")
+    save_reference(tmp_path / "reference.npz", np.full(4, 0.5), 0.01 * np.eye(4))
+    return (f"data.fid_reference_file={tmp_path / 'reference.npz'}", f"log.fid_inception={tmp_path / 'inception.pth'}",
+            "log.fid_every=2", "train.global_batch_size=16", "sample.num_sampling_steps=2", "sample.cfg_scale=1")  # fmt: skip
+
+
+@pytest.mark.slow  # draws and decodes 2,048 images twice
+def test_a_small_fid_is_that_of_the_images_of_its_weights(tiny, judged, out):
+    done("train", *tiny.dit(out, "dit", *judged, "train.max_steps=2"))
+    done("train", *tiny.dit(out, "plain", "train.global_batch_size=16", "train.max_steps=2"))
+    assert weights(out / "dit", 2) == weights(out / "plain", 2), "looking trains nothing"
+    found = [m["fid"] for m in metrics(out / "dit") if "fid" in m]
+    config = load_config(tiny.root / "dit.yaml", tuple(tiny.dit(out, "dit", *judged)[2:]))
+    model, _ = build.trained_lightningdit(config, str(out / "dit"))
+    latents = open_latents(config.data.data_path)
+    scale = LatentScale(latents.mean, latents.std, config.data.latent_multiplier) if config.data.latent_norm else LatentScale()
+    labels = preview_labels(2048, config.data.num_classes)
+    drawn = generate_latents(model, labels, latents.shape, sampler_settings(config.sample), seed=config.train.global_seed,
+                             null_label=config.data.num_classes, transport=build.transport(config.transport, False))  # fmt: skip
+    images = torch.cat([x for _, x in generate_images(drawn, build.tokenizer(config).decode, scale)])
+    mu, sigma = feature_statistics(Colours()(images).pool.numpy())
+    assert found == pytest.approx([frechet_distance(mu, sigma, np.full(4, 0.5), 0.01 * np.eye(4))], rel=1e-5)
+
+
+def test_processes_share_the_samples_of_a_fid():
+    shares = [list(share_of(10, World(rank, 3, torch.device("cpu")))) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3] and sorted(sum(shares, [])) == list(range(9))
+
+
+@pytest.mark.parametrize("less, words", [
+    ("data.fid_reference_file", "data.fid_reference_file: .*an .npz with mu and sigma"),
+    ("log.fid_inception", "log.fid_inception: .*FID Inception"),
+    ("vae.ckpt_path", "log.fid_every: FID is of images; set vae.ckpt_path"),
+])  # fmt: skip
+def test_what_a_fid_needs_is_said_before_anything_is_written(tiny, judged, out, capsys, less, words):
+    settings = [s for s in judged if not s.startswith(less)] + ["vae.ckpt_path=null"] * (less == "vae.ckpt_path")
+    assert main(["train", *tiny.dit(out, "dit", *settings)]) == 2
+    assert re.search(words, capsys.readouterr().err) and not out.exists()
 
 
 def test_the_dry_run_says_what_will_be_watched(tiny, held_out, out, capsys):

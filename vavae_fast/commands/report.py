@@ -17,6 +17,7 @@ _PLOTS = (
     ("loss", ("loss", "mse", "cos"), False),
     ("held-out loss: averaged weights, weights in training", ("valid_mse", "valid_mse_model"), False),
     ("held-out loss by t: from 0.0 to 0.1, …", tuple(f"valid_mse_t{n / 10:.1f}" for n in range(10)), False),
+    ("FID of a few thousand samples, averaged weights: for its trend", ("fid",), False),
     ("negative log-likelihood, per image", ("nll",), True),
     ("reconstruction", ("rec", "perceptual"), False),
     ("KL to the prior, nats an image", ("kl",), True),

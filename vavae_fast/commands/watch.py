@@ -2,6 +2,7 @@
 `data.valid_path` of the config; nothing here changes what is trained."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from vavae_fast.config import LightningDiTConfig, given_path
 from vavae_fast.data.latents import Latents, ShardStore, open_store
 from vavae_fast.distributed import World
 from vavae_fast.errors import BadInput, require
+from vavae_fast.evaluation import load_inception, load_reference
 from vavae_fast.flow.generate import LatentScale, SamplerSettings, generate_latents
 from vavae_fast.models.autoencoder import AutoencoderKL
 from vavae_fast.models.diagnostics import layer_statistics
@@ -26,6 +28,7 @@ from vavae_fast.training.dit import DiTState
 from vavae_fast.training.heldout import SEED, held_out_loss, read_held_out, spread_rows
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import Observer
+from vavae_fast.training.online_fid import FidJudge, share_of
 from vavae_fast.training.previews import latent_pixels, preview_labels, write_preview
 
 LOOKED_AT = 8  # latents for the statistics of layers
@@ -38,14 +41,17 @@ class Watch:
     held_out: ShardStore | None
     sampler: SamplerSettings | None
     tokenizer: AutoencoderKL | None
+    judge: FidJudge | None = None
 
     def describe(self, config: LightningDiTConfig) -> str:
         log, parts = config.log, []
         if self.held_out is not None:
             used = min(log.valid_num, len(self.held_out))
             parts.append(f"loss on {used:,} of {len(self.held_out):,} held-out latents every {log.valid_every:,} steps")
-        if self.sampler is not None:
+        if log.samples_every is not None:
             parts.append(f"{log.samples_num} samples every {log.samples_every:,} steps, {'decoded' if self.tokenizer else 'as latents'}")
+        if self.judge is not None:
+            parts.append(f"FID of {log.fid_num:,} samples every {log.fid_every:,} steps")
         return "; ".join(parts) or "the training loss alone; data.valid_path and log.samples_every add to it"
 
 
@@ -53,7 +59,7 @@ def plan_watch(config: LightningDiTConfig, latents: Latents | None) -> Watch:
     """Open and check what will be looked at; writes nothing. `latents`: those trained on, None in a dry run without data."""
     require_boards(tuple(config.log.to))
     held_out = _held_out(config, latents) if config.data.valid_path else None
-    if config.log.samples_every is None:
+    if config.log.samples_every is None and config.log.fid_every is None:
         return Watch(held_out, None, None)
     settings = sampler_settings(config.sample)
     if settings.method == "dopri5":  # processes must take the same steps, and a grid need not be exact
@@ -61,7 +67,19 @@ def plan_watch(config: LightningDiTConfig, latents: Latents | None) -> Watch:
     guidable = config.model.class_dropout_prob > 0 or settings.cfg_scale == 1
     require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
     path = config.vae.ckpt_path
-    return Watch(held_out, settings, build.tokenizer(config) if path and "path/to/" not in path else None)
+    tokenizer = build.tokenizer(config) if path and "path/to/" not in path else None
+    return Watch(held_out, settings, tokenizer, _judge(config, tokenizer) if config.log.fid_every is not None else None)
+
+
+def _judge(config: LightningDiTConfig, tokenizer: AutoencoderKL | None) -> FidJudge:
+    if tokenizer is None:
+        raise BadInput("log.fid_every: FID is of images; set vae.ckpt_path to the tokenizer that decodes them")
+    path = given_path(config.data.fid_reference_file, "data.fid_reference_file", "an .npz with mu and sigma, for log.fid_every")
+    reference = load_reference(path)
+    if reference.mu is None:
+        raise BadInput(f"{path}: holds images but no mu and sigma; log.fid_every needs the moments")
+    weights = given_path(config.log.fid_inception, "log.fid_inception", "the weights of the FID Inception network")
+    return FidJudge(load_inception(weights), reference.mu, reference.sigma)
 
 
 def _held_out(config: LightningDiTConfig, latents: Latents | None) -> ShardStore:
@@ -87,8 +105,10 @@ def observers(config: LightningDiTConfig, watch: Watch, latents: Latents, state:
     found = []
     if watch.held_out is not None:
         found.append(Observer(config.log.valid_every, _held_out_look(config, watch.held_out, latents, state, micro_batch)))
-    if watch.sampler is not None:
+    if config.log.samples_every is not None:
         found.append(Observer(config.log.samples_every, _samples_look(config, watch, latents, state, micro_batch, log)))
+    if watch.judge is not None:
+        found.append(Observer(config.log.fid_every, _fid_look(config, watch, latents, state, micro_batch)))
     if config.log.layers_every is not None:
         found.append(Observer(config.log.layers_every, _layers_look(config, latents, state, log)))
     return found
@@ -135,29 +155,53 @@ def _held_out_look(config: LightningDiTConfig, store: ShardStore, latents: Laten
 
 
 def _samples_look(config: LightningDiTConfig, watch: Watch, latents: Latents, state: DiTState, micro_batch: int, log: RunLog):
-    device, shape = state.world.device, (config.model.in_chans, config.latent_size, config.latent_size)
-    labels = preview_labels(config.log.samples_num, config.data.num_classes).to(device)
+    labels = preview_labels(config.log.samples_num, config.data.num_classes).to(state.world.device)
     pixels = _decoder(config, watch.tokenizer, latents, state) if state.world.main else None
     if watch.tokenizer is None:
         log.say("samples are shown as their first three latent channels; vae.ckpt_path would give the tokenizer that decodes them")
 
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
-            return state.model(x, t, y).float()
-
     def look(step: int) -> dict[str, float]:
         """Every process draws all images, since a sharded model needs all of them; the main one writes."""
         with evaluating(state.model), averaged_weights(state.model, state.optimizer.ema_state_dict()):
-            batches = generate_latents(
-                predict, labels, shape, watch.sampler, seed=config.train.global_seed, null_label=config.data.num_classes,
-                transport=state.transport, batch_size=micro_batch,
-            )  # fmt: skip
-            drawn = torch.cat([x for _, x in batches])
+            drawn = torch.cat(list(_drawn(config, watch.sampler, state, labels, micro_batch)))
         if state.world.main:
             log.image(step, write_preview(log.folder, step, drawn, pixels, config.sample.per_proc_batch_size))
         return {}
 
     return look
+
+
+def _fid_look(config: LightningDiTConfig, watch: Watch, latents: Latents, state: DiTState, micro_batch: int):
+    """Classes evenly spread, the noise of the sample grids' numbering; each process draws, decodes and looks at its share."""
+    labels = preview_labels(config.log.fid_num, config.data.num_classes).to(state.world.device)
+    judge = replace(watch.judge, inception=watch.judge.inception.to(state.world.device))
+    pixels = _decoder(config, watch.tokenizer, latents, state)
+
+    def look(step: int) -> dict[str, float]:
+        """`fid`, of log.fid_num samples, on the main process."""
+        with evaluating(state.model), averaged_weights(state.model, state.optimizer.ema_state_dict()):
+            own = share_of(len(labels), state.world)
+            fid = judge.score(map(pixels, _drawn(config, watch.sampler, state, labels, micro_batch, own)), state.world)
+        return {} if fid is None else {"fid": fid}
+
+    return look
+
+
+def _drawn(
+    config: LightningDiTConfig, sampler: SamplerSettings, state: DiTState, labels: Tensor, batch: int, indices: range | None = None
+) -> Iterator[Tensor]:
+    """Normalised latents of the images `indices`, all by default, `batch` at a time, by the weights that the model has now."""
+    device, shape = state.world.device, (config.model.in_chans, config.latent_size, config.latent_size)
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
+            return state.model(x, t, y).float()
+
+    batches = generate_latents(
+        predict, labels, shape, sampler, seed=config.train.global_seed, null_label=config.data.num_classes,
+        transport=state.transport, batch_size=batch, indices=indices,
+    )  # fmt: skip
+    return (x for _, x in batches)
 
 
 def _decoder(config: LightningDiTConfig, tokenizer: AutoencoderKL | None, latents: Latents, state: DiTState):
