@@ -1,0 +1,112 @@
+"""What breaks while a run trains: one line that names it, nothing lost that was saved, and the same command goes on once it is mended."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import contents, copy, done
+
+from vavae_fast.cli import main
+from vavae_fast.training import dit
+
+STEP = "checkpoints/step_{:08d}"
+
+
+@pytest.fixture
+def latents(tiny, tmp_path):
+    """A copy that may be spoilt."""
+    return copy(tiny.latents, tmp_path / "latents")
+
+
+def spoil_at(monkeypatch, step, spoil):
+    """Call `spoil` when training comes to `step`."""
+    real = dit.dit_step
+
+    def spoiling(state, number, micro_batches):
+        if number == step:
+            spoil()
+        return real(state, number, micro_batches)
+
+    monkeypatch.setattr(dit, "dit_step", spoiling)
+
+
+def goes_on(tiny, out, latents, steps=60):
+    """The mended run ends in the bits of one that was never disturbed."""
+    done("train", *tiny.dit(out, "dit", f"data.data_path={latents}", f"train.max_steps={steps}"))
+    done("train", *tiny.dit(out, "undisturbed", f"data.data_path={latents}", f"train.max_steps={steps}"))
+    assert contents(out / "dit" / STEP.format(steps), "*.safetensors") == contents(out / "undisturbed" / STEP.format(steps), "*.safetensors")
+
+
+def test_a_shard_cut_short_during_a_run(tiny, out, latents, capsys, monkeypatch):
+    shard = next(latents.glob("*.safetensors"))
+    whole, times = shard.read_bytes(), (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    with monkeypatch.context() as patched:
+        spoil_at(patched, 10, lambda: os.truncate(shard, 5000))
+        assert main(["train", *tiny.dit(out, "dit", f"data.data_path={latents}", "train.max_steps=60")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and shard.name in said and "changed while it was open" in said
+    assert (out / "dit" / STEP.format(10) / "manifest.json").is_file()
+    shard.write_bytes(whole)
+    os.utime(shard, ns=times)
+    goes_on(tiny, out, latents)
+
+
+def test_a_nan_planted_in_one_latent_names_its_shard_and_row(tiny, out, latents, capsys):
+    shard = next(latents.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    row_bytes = torch.Size(header["latents"]["shape"][1:]).numel() * 4
+    spoilt = bytearray(whole)
+    for key in ("latents", "latents_flip"):  # whichever of the two is drawn
+        place = 8 + length + header[key]["data_offsets"][0] + 3 * row_bytes
+        spoilt[place : place + 4] = struct.pack("<f", float("nan"))
+    shard.write_bytes(spoilt)
+    assert main(["train", *tiny.dit(out, "dit", f"data.data_path={latents}", "train.max_steps=60")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{shard.name}: NaN or infinity in row 3; extract the shard again" in said
+    shard.write_bytes(whole)
+    goes_on(tiny, out, latents)
+
+
+@pytest.mark.slow  # starts four interpreters
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
+def test_one_process_that_dies_ends_all_and_the_run_goes_on(tiny, out):
+    """SIGKILL to one of two: torchrun ends the other; what was saved is whole, and one process continues from it."""
+    words = tiny.dit(out, "dit", "train.max_steps=100000", "train.ckpt_every=5", "train.keep_last=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vavae_fast", "train", *words]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        wait_for(lambda: list((out / "dit" / "checkpoints").glob("step_????????/manifest.json")))
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=True)
+        children = [int(word) for word in found.stdout.split()]
+        os.kill(children[-1], signal.SIGKILL)
+        said, _ = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0 and "-9" in said
+    assert not any(alive(child) for child in children)
+    newest = max(int(path.name[5:]) for path in (out / "dit" / "checkpoints").glob("step_????????") if (path / "manifest.json").is_file())
+    done("train", *tiny.dit(out, "dit", f"train.max_steps={newest + 3}", "train.ckpt_every=5", "train.keep_last=2"))
+    assert (out / "dit" / STEP.format(newest + 3) / "manifest.json").is_file()
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.1)
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
