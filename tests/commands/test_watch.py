@@ -12,6 +12,7 @@ from tiny import contents, copy, done, files, launched, metrics
 
 from vavae_fast.cli import main
 from vavae_fast.commands import build, watch
+from vavae_fast.commands.online_fid import share_of
 from vavae_fast.commands.sample import sampler_settings
 from vavae_fast.config import load_config
 from vavae_fast.data import open_latents
@@ -19,7 +20,6 @@ from vavae_fast.distributed import World
 from vavae_fast.evaluation import feature_statistics, frechet_distance
 from vavae_fast.evaluation.reference import save_reference
 from vavae_fast.flow.generate import LatentScale, generate_images, generate_latents
-from vavae_fast.training.online_fid import share_of
 from vavae_fast.training.previews import preview_labels
 
 STEP = "checkpoints/step_{:08d}"

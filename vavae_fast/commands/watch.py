@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vavae_fast import rng
 from vavae_fast.commands import build
+from vavae_fast.commands.online_fid import FidJudge, share_of
 from vavae_fast.commands.sample import sampler_settings
 from vavae_fast.config import LightningDiTConfig, given_path
 from vavae_fast.data.latents import Latents, ShardStore, open_store
@@ -28,7 +29,6 @@ from vavae_fast.training.dit import DiTState
 from vavae_fast.training.heldout import SEED, held_out_loss, read_held_out, spread_rows
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import Observer
-from vavae_fast.training.online_fid import FidJudge, share_of
 from vavae_fast.training.previews import latent_pixels, preview_labels, write_preview
 
 LOOKED_AT = 8  # latents for the statistics of layers
