@@ -67,7 +67,7 @@ class ModelConfig:
     use_rmsnorm: bool = False
     wo_shift: bool = False
     in_chans: int = 4
-    use_checkpoint: bool | Literal["selective"] = False  # true: recompute blocks in backward, a third more time; selective: but not their products
+    use_checkpoint: bool | Literal["selective"] = False  # true: recompute blocks in backward; selective: but not their products
     # ours
     learn_sigma: bool = False
     class_dropout_prob: float = 0.1

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vavae_fast.models import LightningDiT
 from vavae_fast.models.compilation import compile_forward
+from vavae_fast.training.averaged import evaluating
 
 DEPTH = 10  # more blocks than the compiler would make graphs of before it gives up
 
@@ -65,3 +66,18 @@ def test_too_many_shapes_are_an_error_and_not_a_slow_run():
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for count in range(1, 14):
             model(x[:1].expand(count, -1, -1, -1), t[:1].expand(count), y[:1].expand(count))
+
+
+def test_what_looks_at_a_model_in_training_makes_no_graphs():
+    """Held-out losses, grids and FIDs come in many batch sizes; the graph of training is still there afterwards."""
+    model, (x, t, y) = model_and_inputs(True, False, depth=2)
+    counter = CompileCounterWithBackend("eager")
+    compile_forward(model, "blocks", counter)
+    model.train()
+    model(x, t, y)
+    made = counter.frame_count
+    for count in range(1, 14):
+        with evaluating(model):
+            model(x[:1].expand(count, -1, -1, -1), t[:1].expand(count), y[:1].expand(count))
+    model(x, t, y)
+    assert counter.frame_count == made == 2

@@ -1,7 +1,7 @@
 """Recompute activations in the backward pass instead of keeping them.  Chen et al. 2016.
 
-    True          a block keeps its inputs, and runs again as a whole: a third more time
-    "selective"   it also keeps what matrix products and attention gave; norms, gates and rotations run again: a few per cent
+    True          a block keeps its inputs, and runs again as a whole: a third more arithmetic
+    "selective"   it also keeps what matrix products and attention gave; norms, gates and rotations run again
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import nn
 
 from vavae_fast.models.lightningdit import LightningDiT
 
@@ -23,9 +24,9 @@ def compile_forward(model: LightningDiT, regions: Regions, backend: str = "induc
 
 
 @contextmanager
-def as_it_is(model: LightningDiT) -> Iterator[None]:
-    """Inside, nothing is compiled: for the odd batch that is not worth a graph of its own."""
-    compiled = [(module, module.__dict__.pop("forward")) for module in (model, *model.blocks) if "forward" in module.__dict__]
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is compiled: batches of many sizes, without gradients, would each want a graph and soon exceed the compiler's limit."""
+    compiled = [(module, module.__dict__.pop("forward")) for module in model.modules() if "forward" in module.__dict__]
     try:
         yield
     finally:

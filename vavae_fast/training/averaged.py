@@ -6,13 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vavae_fast.models.compilation import as_it_is
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside: evaluation mode and no gradients; afterwards training mode again."""
+    """Inside: evaluation mode, no gradients, nothing compiled; afterwards training mode again."""
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_it_is(model):
             yield
     finally:
         model.train()
