@@ -3,6 +3,7 @@
 Run as a script, this file is one of the two processes.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -34,14 +35,16 @@ def test_two_processes_agree_and_an_error_in_one_ends_both(tmp_path):
 
     Each leaves its error where torchrun looks for it. torchrun names the earliest, to the second: it has to be the culprit's.
     """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    common = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    with contextlib.ExitStack() as held:
+        found = [held.enter_context(socket.socket()) for _ in range(3)]
+        for one in found:
+            one.bind(("127.0.0.1", 0))
+        ports = [str(one.getsockname()[1]) for one in found]
+    common = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     started = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *ports],
             env=common | dict(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", TORCHELASTIC_ERROR_FILE=str(tmp_path / rank)),
             stdout=subprocess.PIPE,
             text=True,
@@ -61,8 +64,14 @@ def test_two_processes_agree_and_an_error_in_one_ends_both(tmp_path):
     assert int(errors[1]["extraInfo"]["timestamp"]) < int(errors[0]["extraInfo"]["timestamp"])
 
 
-def main(rank: int) -> None:
-    with open_world() as world:
+def main(rank: int, ports: list[str]) -> None:
+    """Three groups after one another, each at its own port: at one port a process may call on the group that is just leaving."""
+
+    def open_next() -> World:
+        os.environ["MASTER_PORT"] = ports.pop()
+        return open_world()
+
+    with open_next() as world:
         assert (world.rank, world.size, world.local_size, world.main, world.device.type) == (rank, 2, 2, rank == 0, "cpu")
         torch.testing.assert_close(world.mean(torch.tensor([1.0 + rank, 10.0 * rank])), torch.tensor([1.5, 5.0]))
         assert world.any(rank == 1) is True and world.any(False) is False and world.any(True) is True
@@ -71,11 +80,11 @@ def main(rank: int) -> None:
         assert torch.distributed.group.WORLD._get_backend(world.device).options._timeout == STEP_TIMEOUT
         world.barrier()
     assert not torch.distributed.is_initialized()
-    with pytest.raises(Interrupted), open_world() as world:
+    with pytest.raises(Interrupted), open_next() as world:
         raise Interrupted
     assert not torch.distributed.is_initialized(), "a run that was stopped is left as one that ended"
     try:
-        with open_world() as world:
+        with open_next() as world:
             if rank == 1:
                 raise KeyError("this process fails")
             world.mean(torch.ones(1))
@@ -89,4 +98,4 @@ def main(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(os.environ["RANK"]))
+    main(int(os.environ["RANK"]), sys.argv[1:])
