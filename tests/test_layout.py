@@ -18,7 +18,7 @@ BASE = {"config", "parsing", "schema", "tokenizer_schema", "errors", "rng", "art
 # Room -> the rooms that it may import. commands, cli and __main__ are the top: they may import everything.
 ALLOWED = {
     "base": {"base"},
-    "data": {"base", "data"},
+    "data": {"base", "data", "kernels"},  # kernels: to compile csrc
     "evaluation": {"base", "evaluation"},
     "models": {"base", "models", "kernels"},
     "flow": {"base", "flow", "kernels"},

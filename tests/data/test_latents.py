@@ -97,13 +97,6 @@ def test_what_is_read_is_a_private_copy(folder):
     assert torch.equal(latents.read([0, 1]), kept)
 
 
-def test_long_runs_are_read_whole(tmp_path):
-    """More rows side by side than one preadv takes buffers."""
-    shards = [shard(3000, shape=(1, 1, 2))]
-    latents = open_latents(write_reference_folder(tmp_path / "x", shards))
-    assert torch.equal(latents.read(range(3000)), shards[0]["latents"])
-
-
 def test_threads_share_one_reader(folder, shards):
     latents, expected = open_latents(folder), joined(shards, "latents")
 

@@ -1,6 +1,6 @@
 """Latents read back: the training input of LightningDiT. Ours and the reference's shards are the same format.
 
-No memory map: a file that is cut short under a map kills the process, under `preadv` it is a named error.
+No memory map: a file that is cut short under a map kills the process, under `pread` it is a named error.
 """
 
 import io
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from vavae_fast.artifacts import read_json, replacing
 from vavae_fast.data.order import checked_indices, to_array
+from vavae_fast.data.rows import END_OF_FILE, NOT_FINITE, gather_rows
 from vavae_fast.data.shards import STATISTICS, Moments, Shard, read_labels, read_shard
 from vavae_fast.errors import BadInput
 
 MANIFEST = "manifest.json"
 _MAX_STATISTICS = 1 << 20  # bytes of latents_stats.pt; the reference's has about 2,000
-_MAX_RUN = 1024  # buffers a preadv takes (IOV_MAX)
 _ROWS_AT_ONCE = 256  # of the statistics pass
 # What torch.load raises on damaged bytes and on pickles that it refuses.
 _TORCH_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError)
@@ -51,7 +51,7 @@ class ShardStore:
     def __init__(self, folder: Path, shards: list[Shard], files: list[BinaryIO], manifest: dict[str, Any] | None):
         self.folder, self.shards, self.manifest = folder, shards, manifest
         self.shape, self.dtype = shards[0].shape, shards[0].dtype
-        self._files = files
+        self._files, self._descriptors = files, np.array([file.fileno() for file in files], np.int32)
         self._ends = np.cumsum([shard.rows for shard in shards])
         self._starts = self._ends - [shard.rows for shard in shards]
         labels = np.empty(len(self), np.int64)  # filled in place: ImageNet's are 10 MB
@@ -68,44 +68,31 @@ class ShardStore:
         direct = out if out is not None and self.dtype == torch.float32 else torch.empty(len(indices), *self.shape, dtype=self.dtype)
         if len(indices):
             self._gather(indices, flip, direct)
-        latents = direct.to(torch.float32) if out is None or out is direct else out.copy_(direct)
-        if not torch.isfinite(latents.sum()):  # one pass; a NaN or an infinity anywhere cannot leave the sum finite
-            self._check_finite(indices, latents)
-        return latents
+        return direct.to(torch.float32) if out is None or out is direct else out.copy_(direct)
 
     def _gather(self, indices: np.ndarray, flip: np.ndarray, out: Tensor) -> None:
-        """Rows that lie side by side in a file are read by one call, straight to their places in `out`.
-
-        The loop is bare: a row takes the system 5 µs, and what Python does between two reads holds up the other threads.
-        """
-        row_bytes = self.shards[0].row_bytes
+        """In the order of the disk, each row straight to its place in `out`."""
         shard_of = np.searchsorted(self._ends, indices, side="right")
-        offsets = self._offsets[shard_of, flip.astype(np.int64)] + (indices - self._starts[shard_of]) * row_bytes
+        offsets = self._offsets[shard_of, flip.astype(np.int64)] + (indices - self._starts[shard_of]) * self.shards[0].row_bytes
         order = np.lexsort((offsets, shard_of))
-        shard_of, offsets = shard_of[order], offsets[order]
-        apart = (np.diff(shard_of) != 0) | (np.diff(offsets) != row_bytes) | (np.arange(1, len(order)) % _MAX_RUN == 0)
-        first = np.concatenate(([0], np.flatnonzero(apart) + 1))
-        last = np.concatenate((first[1:], [len(order)]))
         for number in np.unique(shard_of):
             self._check_unchanged(self.shards[number], self._files[number])
-        memory = memoryview(out.view(torch.uint8).numpy()).cast("B")
-        rows = [memory[place : place + row_bytes] for place in (order * row_bytes).tolist()]
-        descriptors, read = [file.fileno() for file in self._files], os.preadv
-        for number, offset, i, j in zip(shard_of[first].tolist(), offsets[first].tolist(), first.tolist(), last.tolist()):
-            if read(descriptors[number], rows[i:j], offset) != (j - i) * row_bytes:
-                _read_on(self.shards[number], descriptors[number], rows[i:j], offset)
+        fault = gather_rows(self._descriptors[shard_of[order]], offsets[order], order, out)
+        if fault is not None:
+            place = order[fault.row]
+            self._refuse(fault.cause, self.shards[shard_of[place]].path, int(indices[place] - self._starts[shard_of[place]]))
 
     def _check_unchanged(self, shard: Shard, file: BinaryIO) -> None:
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != shard.identity:
             raise BadInput(f"{shard.path}: changed while it was open; shards are immutable: extract to another folder and start again")
 
-    def _check_finite(self, indices: np.ndarray, latents: Tensor) -> None:
-        bad = np.flatnonzero(~torch.isfinite(latents).flatten(1).all(dim=1).numpy())
-        if len(bad):  # empty when finite values merely overflowed the sum
-            index = int(indices[bad[0]])
-            number = int(np.searchsorted(self._ends, index, side="right"))
-            raise BadInput(f"{self.shards[number].path}: NaN or infinity in row {index - self._starts[number]}; extract the shard again")
+    def _refuse(self, cause: int, path: Path, row: int) -> None:
+        if cause == NOT_FINITE:
+            raise BadInput(f"{path}: NaN or infinity in row {row}; extract the shard again")
+        if cause == END_OF_FILE:
+            raise BadInput(f"{path}: cut short while it was open; fetch or extract it again")
+        raise BadInput(f"{path}: row {row} cannot be read ({os.strerror(cause)}); look after the disk, or fetch the shard again")
 
     def moments(self) -> Moments:
         """Of all unflipped latents, one pass over the disk."""
@@ -114,18 +101,6 @@ class ShardStore:
             indices = np.arange(start, min(start + _ROWS_AT_ONCE, len(self)))
             total = total + Moments.of(self.read(indices, np.zeros(len(indices), bool)))
         return total
-
-
-def _read_on(shard: Shard, descriptor: int, rows: list[memoryview], offset: int) -> None:
-    """After a short read, which is legal; the end of the file is not."""
-    for row in rows:
-        done = 0
-        while done < len(row):
-            got = os.preadv(descriptor, [row[done:]], offset + done)
-            if got == 0:
-                raise BadInput(f"{shard.path}: cut short while it was open; fetch or extract it again")
-            done += got
-        offset += len(row)
 
 
 class Latents:
