@@ -215,3 +215,25 @@ def test_mapping_and_flatten_are_the_dataclass_in_plain_values():
     assert mapping["pair"] == [0.0, 1.0] and to_dataclass(Outer, mapping) == config
     assert flatten(mapping)["inner.width"] == 4 and flatten({"a": {}, "b": {"c": {"d": 1}}}) == {"a": {}, "b.c.d": 1}
     assert set(flatten(mapping)) >= {f.name for f in dataclasses.fields(Outer)} - {"inner", "free"}
+
+
+# -- groups in a list -------------------------------------------------------------------------------------------------
+
+LISTED = {"parts": [{"name": "a", "width": 1}, {"name": "b", "width": 2}], "sizes": [1, 2]}
+
+
+def test_a_group_in_a_list_goes_by_its_name():
+    changed = apply_overrides(LISTED, ["parts.b.width=3"])
+    assert changed["parts"] == [{"name": "a", "width": 1}, {"name": "b", "width": 3}] and LISTED["parts"][1]["width"] == 2
+    assert flatten(changed) == {"parts.a.name": "a", "parts.a.width": 1, "parts.b.name": "b", "parts.b.width": 3, "sizes": [1, 2]}
+    assert flatten({"parts": [{"name": "a"}, {}], "none": []}) == {"parts": [{"name": "a"}, {}], "none": []}
+
+
+@pytest.mark.parametrize("override, words", [
+    ("parts.c.width=3", "parts.c.width: no 'c' in the list; it has a, b"), ("parts.a=3", "parts.a: stands in a list; give the whole list"),
+    ("sizes.0=3", "sizes.0: stands in a list"), ("sizes.0.x=3", "sizes.0.x: no '0' in the list; it has no groups with names"),
+])  # fmt: skip
+def test_an_override_of_what_a_list_does_not_have_is_refused(override, words):
+    with pytest.raises(BadInput) as caught:
+        apply_overrides(LISTED, [override])
+    assert words in one_line(caught)

@@ -116,7 +116,7 @@ def _construct(loader: _Loader, node: yaml.Node, source: str, depth: int) -> Any
 
 
 def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `mapping` with each `key.path=value` set; values parse as YAML."""
+    """A copy of `mapping` with each `key.path=value` set; values parse as YAML. A group in a list goes by its `name`."""
     result = _copy(mapping)
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -125,15 +125,34 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
         place = result
         *parents, last = key.split(".")
         for parent in parents:
-            if not isinstance(place.get(parent), dict):
-                place[parent] = {}
-            place = place[parent]
+            place = _inside(place, parent, key)
+        if isinstance(place, list):
+            raise BadInput(f"{key}: stands in a list; give the whole list, or one key of one of its groups")
         place[last] = parse_yaml(value, key)
     return result
 
 
+def _inside(place: dict[str, Any] | list[Any], word: str, key: str) -> dict[str, Any] | list[Any]:
+    """The group `word` of a group, made where there is none; of a list the group with that name."""
+    if isinstance(place, list):
+        named = _by_name(place)
+        if word not in named:
+            raise BadInput(f"{key}: no {word!r} in the list; it has {', '.join(named) or 'no groups with names'}")
+        return named[word]
+    if not isinstance(place.get(word), dict | list):
+        place[word] = {}
+    return place[word]
+
+
+def _by_name(items: list[Any]) -> dict[str, dict[str, Any]]:
+    """The groups of a list that have names."""
+    return {item["name"]: item for item in items if isinstance(item, dict) and isinstance(item.get("name"), str)}
+
+
 def _copy(value: Any) -> Any:
-    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
 def to_dataclass(schema: type[T], mapping: Mapping[str, Any], prefix: str = "") -> T:
@@ -210,9 +229,11 @@ def to_yaml(config: Any) -> str:
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`. A list of groups with names is as a group of them."""
     out: dict[str, Any] = {}
     for key, value in mapping.items():
+        if isinstance(value, list) and value and len(_by_name(value)) == len(value):
+            value = _by_name(value)
         if isinstance(value, Mapping) and value:
             out.update(flatten(value, f"{prefix}{key}."))
         else:

@@ -3,7 +3,7 @@
 Keys of the reference repository come first and keep its defaults; those under `# ours` leave its results as they are.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from vavae_fast.errors import BadInput, require
@@ -182,6 +182,44 @@ class FoundationConfig:
 
 
 @dataclass(frozen=True)
+@dataclass(frozen=True)
+class StageConfig:
+    """One of `stages:`, ours: a part of a run, for what the reference does with a chain of runs. What it leaves null is as without it.
+
+    A stage begins as a run with `weight_init` does: from the weights of the one before, its discriminator and projection among them, with
+    fresh optimizers; disc_start and decay_fraction count from its beginning. Its images are those that come next in the run's order, where
+    the reference's next run draws the first epochs once more.
+    """
+
+    name: str
+    epochs: int | None = None  # its length, in this or
+    steps: int | None = None  # in this; 0 leaves the stage out
+    base_learning_rate: float | None = None
+    proj_fix: bool | None = None
+    disc_start: int | None = None  # and these of lossconfig.params
+    disc_factor: float | None = None
+    disc_weight: float | None = None
+    kl_weight: float | None = None
+    vf_weight: float | None = None
+    adaptive_vf: bool | None = None
+    distmat_margin: float | None = None
+    cos_margin: float | None = None
+    distmat_weight: float | None = None
+    cos_weight: float | None = None
+
+    def __post_init__(self):
+        require(self.name.isidentifier(), "name", self.name, "one word of letters, digits and _")
+        lengths = [length for length in (self.epochs, self.steps) if length is not None]
+        if len(lengths) != 1:
+            raise BadInput(f"epochs, steps: one of them is the length of stage {self.name}, got {'both' if lengths else 'neither'}")
+        require(lengths[0] >= 0, "epochs, steps", lengths[0], "0 or more")
+
+    def changes(self, schema: type) -> dict[str, float]:
+        """What it sets of the keys of `schema`."""
+        names = {f.name for f in fields(schema)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names and getattr(self, f.name) is not None}
+
+
 class TokenizerConfig:
     """A tokenizer run: the reference's YAML, unchanged."""
 
@@ -196,7 +234,8 @@ class TokenizerConfig:
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     max_grad_norm: float | None = None  # L2, of each network; null: no clipping
-    decay_fraction: float = 0.0  # the last part of the run in which the learning rate falls linearly to 0
+    decay_fraction: float = 0.0  # the last part of the run, or of each stage, in which the learning rate falls linearly to 0
+    stages: list[StageConfig] = field(default_factory=list)  # parts of the run in their order; none: the run is one, max_epochs or max_steps long
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
@@ -205,12 +244,31 @@ class TokenizerConfig:
         if self.image_size % 2 ** (len(params.ddconfig.ch_mult) - 1):
             raise BadInput(f"data.image_size {self.image_size} is not a multiple of the downsampling factor {self.downsample_ratio}")
         given = {self.weight_init, self.init_weight, params.ckpt_path} - {None}
+        self._check_stages()
         if len(given) > 1:
             raise BadInput(f"weight_init, init_weight and model.params.ckpt_path name different files ({', '.join(sorted(given))}); keep one")
         if params.ignore_keys:
             raise BadInput("model.params.ignore_keys: weights are loaded whole or not at all; remove the key, or the entries from the file")
 
     @property
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), "stages", names, "of different names")
+        epochs = self.lightning.trainer.max_epochs
+        require(not names or epochs is None, "lightning.trainer.max_epochs", epochs, "null with stages, which have lengths of their own")
+        for stage in self.stages:
+            try:
+                self.at(stage)
+            except BadInput as error:
+                raise BadInput(f"stages.{stage.name}.{error}") from None
+
+    def at(self, stage: StageConfig) -> "TokenizerConfig":
+        """The config of a run that is this stage alone."""
+        model, params, loss = self.model, self.model.params, self.model.params.lossconfig
+        loss = replace(loss, params=replace(loss.params, **stage.changes(TokenizerLossConfig)))
+        params = replace(params, lossconfig=loss, **stage.changes(TokenizerParams))
+        return replace(self, model=replace(model, params=params, **stage.changes(TokenizerModelConfig)), stages=[])
+
     def start_weights(self) -> str | None:
         """The weights that training starts from; null: none."""
         return self.weight_init or self.init_weight or self.model.params.ckpt_path
