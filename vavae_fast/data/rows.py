@@ -27,7 +27,7 @@ class Fault(NamedTuple):
 def gather_rows(files: Sequence[int], offsets: np.ndarray, places: np.ndarray, out: Tensor) -> Fault | None:
     """Row i, at byte offsets[i] of the descriptor files[i], -> out[places[i]]; offsets, places (n,) int64, out (n, C, H, W) contiguous.
 
-    None when all rows were read and are finite; else the first fault, with the rest of `out` undefined. Safe from several threads.
+    None when all rows were read and are finite; else one that was not, with the rest of `out` undefined. Safe from several threads.
     """
     compiled = _compiled()
     return _gather_in_python(files, offsets, places, out) if compiled is None else _gather_in_one_call(compiled, files, offsets, places, out)
