@@ -230,29 +230,34 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """`log:` of both kinds. metrics.jsonl, log.txt and report.html are always written."""
+    """`log:` of both kinds: where a run is shown, and what is looked at while it trains, at the last step too. None of it changes what is
+    trained. metrics.jsonl, log.txt and report.html are always written."""
 
     to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    valid_every: int = 1000  # steps from one held-out loss to the next, where data.valid_path is set; a tokenizer's PSNR, SSIM and more too
+    valid_num: int = 2048  # latents or images of data.valid_path it is the mean over, evenly spread; all where there are fewer
+    samples_every: int | None = None  # steps from one grid of samples (by the averaged weights, sample.*), or of reconstructions; null: none
+    samples_num: int = 16  # images of a grid
+    fid_every: int | None = None  # steps from one small FID, against data.fid_reference_file, or rFID, of data.valid_path; null: none
+    fid_num: int = 2048  # its samples, or reconstructions
+    fid_inception: str | None = None  # weights of the FID Inception network
+
+    def __post_init__(self):
+        for key in ("valid_every", "valid_num", "samples_every", "samples_num", "fid_every"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, value, "above 0")
+        require(self.fid_num >= 2048, "fid_num", self.fid_num, "2048 or more, the number of features")
 
 
 @dataclass(frozen=True)
 class LightningDiTLogConfig(LogConfig):
-    """`log:` of a LightningDiT config: what is looked at while it trains, at the last step too. None of it changes what is trained."""
+    """`log:` of a LightningDiT config."""
 
-    valid_every: int = 1000  # steps from one held-out loss to the next, where data.valid_path is set
-    valid_num: int = 2048  # latents of data.valid_path it is the mean over, evenly spread; all where there are fewer
-    samples_every: int | None = None  # steps from one grid of samples (by the averaged weights, sample.*) to the next; null: none
-    samples_num: int = 16  # images of a grid
-    fid_every: int | None = None  # steps from one small FID, against data.fid_reference_file, to the next; null: none
-    fid_num: int = 2048  # its samples
-    fid_inception: str | None = None  # weights of the FID Inception network
     layers_every: int | None = 1000  # steps from one look at each layer's attention logits and residual stream to the next; null: none
 
     def __post_init__(self):
-        for key in ("valid_every", "valid_num", "samples_every", "samples_num", "layers_every", "fid_every"):
-            value = getattr(self, key)
-            require(value is None or value > 0, key, value, "above 0")
-        require(self.fid_num >= 2048, "fid_num", self.fid_num, "2048 or more, the number of features")
+        super().__post_init__()
+        require(self.layers_every is None or self.layers_every > 0, "layers_every", self.layers_every, "above 0")
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ class TokenizerDataConfig:
     params: TokenizerDataParams = field(default_factory=TokenizerDataParams)
     # ours
     path: str | None = None  # images; null: data.params.train.params.data_root
+    valid_path: str | None = None  # images that are not trained on, for the scores of log.valid_every; null: none
     image_size: int | None = None  # null: ddconfig.resolution
     crop: Literal["random", "center"] = "random"
     flip: bool = False  # the reference does not flip

@@ -47,7 +47,8 @@ def tensorboard(monkeypatch):
 
 
 def picture(folder):
-    path = folder / "grid.png"
+    path = folder / "samples" / "grid.png"
+    path.parent.mkdir()
     Image.new("RGB", (6, 4), (255, 0, 0)).save(path)
     return path
 
@@ -61,7 +62,7 @@ def test_wandb_gets_values_over_step_pictures_and_the_config(tmp_path, wandb):
     assert words["project"] == "vavae-fast" and words["name"] == "run" and words["config"] == {"optimizer": {"lr": 1e-4}} and words["id"] is None
     assert wandb.named("define_metric") == [(("*",), {"step_metric": "step"})]
     (first,), (second,) = (args for args, _ in wandb.named("log"))
-    assert first["step"] == 20 and math.isnan(first["loss"]) and second == {"samples": ("image", str(tmp_path / "grid.png")), "step": 20}
+    assert first["step"] == 20 and math.isnan(first["loss"]) and second == {"samples": ("image", str(tmp_path / "samples" / "grid.png")), "step": 20}
     assert len(wandb.named("finish")) == 1
 
 

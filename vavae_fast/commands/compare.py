@@ -25,6 +25,8 @@ _PUBLISHED = "published LightningDiT-XL/1, batch 1,024"
 _PLOTS = (
     ("loss", "loss", False), ("mse", "mse", False), ("cos", "cosine loss", False), ("valid_mse", "held-out mse, averaged weights", False),
     ("valid_mse_model", "held-out mse, weights in training", False), ("rec", "reconstruction", False), ("perceptual", "perceptual loss", False),
+    ("valid_psnr", "held-out PSNR, dB", False), ("valid_ssim", "held-out SSIM", False), ("valid_perceptual", "held-out perceptual distance", False),
+    ("rfid", "rFID of a few thousand held-out images", False),
     ("mcos", "alignment: marginal cosine", False), ("mdms", "alignment: marginal distance matrix", False),
     ("kl", "KL to the prior, nats an image", True), ("g_loss", "adversary: generator", False), ("d_loss", "adversary: discriminator", False),
     ("grad_norm", "gradient norm", True), ("attention_logit", "largest attention logit of any layer", True),
@@ -137,7 +139,7 @@ def _reached(plan: ComparePlan) -> str:
         "images a second, median": middle("images_per_second"),
         "MFU, median": middle("mfu"),
         "peak memory, GB": lambda run: max(values_of(run.steps, "memory_gb"), default=None),
-        **{f"{key}, last": last(key) for key in ("loss", "mse", "valid_mse", "rec", "perceptual", "mcos", "mdms", "skipped")},
+        **{f"{key}, last": last(key) for key in ("loss", "mse", "valid_mse", "rec", "perceptual", "mcos", "mdms", "valid_psnr", "rfid", "skipped")},
     }
     table = [(what, *map(of, plan.runs.values())) for what, of in rows.items()]
     notes = "".join(_html.paragraph(f"{name}: {line}.") for name, line in _unreadable(plan).items())

@@ -1,4 +1,4 @@
-"""A small Fréchet distance while a run trains: of some thousand samples by the averaged weights, for its trend and not for a paper.
+"""A small Fréchet distance while a run trains: of some thousand samples or reconstructions, for its trend and not for a paper.
 
 Few samples bias FID upwards by much the same amount each time (Chong & Forsyth 2020), so values compare at one number of samples only.
 """
@@ -26,20 +26,33 @@ class FidJudge:
 
     def score(self, images: Iterable[Tensor], world: World) -> float | None:
         """The distance of all processes' `images`, each giving its own; on the main process, None elsewhere. All must call."""
-        own = FeatureStatistics()
-        for batch in images:
-            own.update(self.inception(batch).pool.cpu())
-        shares = [own]
-        if world.size > 1:
-            shares = [None] * world.size if world.main else None
-            dist.gather_object(own, shares, dst=0, group=world.hosts)
-        if not world.main:
+        found = gathered(pool_statistics(self.inception, images), world)
+        if found is None:
             return None
-        merged = FeatureStatistics()
-        for share in shares:
-            merged.merge(share)
-        mu, sigma = merged.result()
+        mu, sigma = found.result()
         return frechet_distance(mu.numpy(), sigma.numpy(), self.mu, self.sigma)
+
+
+def pool_statistics(inception: Callable[[Tensor], object], images: Iterable[Tensor]) -> FeatureStatistics:
+    """Moments of inception(batch).pool over uint8 batches (n, 3, H, W), on the CPU."""
+    found = FeatureStatistics()
+    for batch in images:
+        found.update(inception(batch).pool.cpu())
+    return found
+
+
+def gathered(own: FeatureStatistics, world: World) -> FeatureStatistics | None:
+    """All processes' moments as one on the main process, None elsewhere. All must call."""
+    if world.size == 1:
+        return own
+    shares = [None] * world.size if world.main else None
+    dist.gather_object(own, shares, dst=0, group=world.hosts)
+    if not world.main:
+        return None
+    merged = FeatureStatistics()
+    for share in shares:
+        merged.merge(share)
+    return merged
 
 
 def share_of(count: int, world: World) -> range:

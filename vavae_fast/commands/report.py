@@ -19,9 +19,12 @@ _PLOTS = (
     ("held-out loss by t: from 0.0 to 0.1, …", tuple(f"valid_mse_t{n / 10:.1f}" for n in range(10)), False),
     ("FID of a few thousand samples, averaged weights: for its trend", ("fid",), False),
     ("negative log-likelihood, per image", ("nll",), True),
-    ("reconstruction", ("rec", "perceptual"), False),
-    ("KL to the prior, nats an image", ("kl",), True),
-    ("alignment (VF)", ("mdms", "mcos", "vf_loss"), False),
+    ("reconstruction", ("rec", "perceptual", "valid_rec", "valid_perceptual"), False),
+    ("PSNR of held-out images, dB", ("valid_psnr",), False),
+    ("SSIM of held-out images", ("valid_ssim",), False),
+    ("rFID of a few thousand held-out images: for its trend", ("rfid",), False),
+    ("KL to the prior, nats an image", ("kl", "valid_kl"), True),
+    ("alignment (VF)", ("mdms", "mcos", "vf_loss", "valid_mdms", "valid_mcos", "valid_vf_loss"), False),
     ("adversary", ("g_loss", "d_loss", "logits_real", "logits_fake"), False),
     ("adaptive weights", ("vf_weight", "d_weight"), True),
     ("gradient norm", ("grad_norm",), True),
@@ -34,7 +37,15 @@ _PLOTS = (
     ("peak memory, GB", ("memory_gb",), False),
     ("skipped steps", ("skipped",), False),
 )
+# Folders of PNG files, and what stands over them; of `samples` in a tokenizer's run.
+_PICTURES = {
+    "samples": ("Samples", "Images, each with its reconstruction at its right."),
+    "similarity": ("Similarity maps", "The cosine of the framed token with every place, in the latents and in the foundation model's features: "
+                   "red 1, white 0, blue -1."),
+}  # fmt: skip
 _FILES = ("metrics.jsonl", "metrics.json", "manifest.json", "config.yaml")
+_LAST_LOGGED = ("loss", "mse", "valid_mse", "valid_mse_model", "rec", "perceptual", "mcos", "mdms", "valid_psnr", "valid_ssim", "valid_perceptual",
+                "rfid")  # fmt: skip
 _NOT_PLOTTED = ("step", "seconds", "attention_logit_layer")
 _MOST_PICTURES, _LARGEST_PICTURE = 6, 8 << 20  # bytes of one embedded file
 _PICTURE_WIDTH = 360  # pixels on the page that a small picture is enlarged to, about
@@ -109,8 +120,9 @@ def _logged_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
 def write(run: Run) -> Path:
     """report.html in the run's folder, whole or not at all."""
     sections = [("Summary", _summary(run)), ("Curves", _curves(run.steps))]
-    if pictures := _pictures(run.folder / "samples"):
-        sections.append(("Samples", pictures))
+    for folder, (heading, note) in _PICTURES.items():
+        if pictures := _pictures(run.folder / folder):
+            sections.append((heading, (_html.paragraph(note) if run.manifest.get("stage") == "tokenizer" else "") + pictures))
     if run.scores is not None:
         sections.append(("Scores", _html.table([("score", "value"), *flat(run.scores)])))
     if run.manifest:
@@ -131,7 +143,7 @@ def _summary(run: Run) -> str:
         ("hours in training", sum(seconds) / 3600 if seconds else None),
         ("images a second, median", sorted(rates)[len(rates) // 2] if rates else None),
         ("peak memory, GB", max(memory, default=None)),
-        *((f"{key}, last logged", last(key)) for key in ("loss", "mse", "valid_mse", "valid_mse_model", "rec", "perceptual", "mcos", "mdms")),
+        *((f"{key}, last logged", last(key)) for key in _LAST_LOGGED),
         ("steps skipped, gradient not finite", last("skipped")),
     ]
     note = f"{run.unreadable} line(s) of metrics.jsonl could not be read and are left out."

@@ -36,6 +36,7 @@ class TokenizerPlan:
     images: Any
     foundation: Any  # frozen networks, None where the objective needs none; a dry run does not load them
     perceptual: Any
+    watch: Any
 
     def describe(self) -> str:
         c, f = self.config, predict(self.config)
@@ -50,6 +51,7 @@ class TokenizerPlan:
             f"data       {data}\n"
             f"batch      {c.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
             f"steps      {steps}, lr {c.model.base_learning_rate:g} (not scaled)\n"
+            f"watched    {self.watch.describe(c)}\n"
             f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
             "nothing was written"
@@ -77,8 +79,11 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
         from vavae_fast.commands import build
 
         images = build.images(path or config.image_path, config.image_size, config.data.crop)
+    from vavae_fast.commands.watch_tokenizer import plan_watch
+
+    watch = plan_watch(config, images)
     foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run)
-    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, foundation, perceptual)
+    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, foundation, perceptual, watch)
 
 
 def _builtin(path: str | None) -> bool:
@@ -149,6 +154,7 @@ def run(plan: TokenizerPlan) -> Path:
 
 def _run(plan: TokenizerPlan, world) -> Path:
     from vavae_fast.commands import build
+    from vavae_fast.commands.watch_tokenizer import observers
     from vavae_fast.data.streams import ImageStream, Share
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
@@ -173,7 +179,8 @@ def _run(plan: TokenizerPlan, world) -> Path:
     keep = Retention(c.keep_last, c.keep_every)
     settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep,
                             facts | dict(config=to_mapping(config)))  # fmt: skip
-    return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start)
+    looks = observers(config, plan.watch, state, plan.micro_batch, log)
+    return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start, looks)
 
 
 def _state(plan: TokenizerPlan, world, log):

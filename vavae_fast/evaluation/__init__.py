@@ -13,6 +13,7 @@ from vavae_fast.evaluation.judge import Agreement, RBFClassifier, class_agreemen
 from vavae_fast.evaluation.precision_recall import precision_recall
 from vavae_fast.evaluation.reconstruction import psnr, ssim
 from vavae_fast.evaluation.reference import NpzImages, ReferenceStatistics, load_reference, save_reference
+from vavae_fast.evaluation.similarity import similarity_map
 from vavae_fast.evaluation.uniformity import uniformity
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "require_count",
     "require_metrics",
     "save_reference",
+    "similarity_map",
     "spread",
     "ssim",
     "uniformity",

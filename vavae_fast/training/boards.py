@@ -63,7 +63,7 @@ class TensorBoard:
         from PIL import Image
 
         with Image.open(path) as image:
-            self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            self.writer.add_image(path.parent.name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -94,7 +94,7 @@ class WandB:
         self.run.log({**values, "step": step})
 
     def image(self, step: int, path: Path) -> None:
-        self.run.log({"samples": self.wandb.Image(str(path)), "step": step})
+        self.run.log({path.parent.name: self.wandb.Image(str(path)), "step": step})
 
     def close(self) -> None:
         self.run.finish()

@@ -11,7 +11,7 @@ from typing import Any
 from vavae_fast.artifacts import write_text
 from vavae_fast.training.boards import Board, open_boards
 
-_SPARED_FIRST = ("lr", "mcos", "mdms", "mse", "rec", "valid_mse", "data")  # on a narrow terminal
+_SPARED_FIRST = ("lr", "mcos", "mdms", "mse", "rec", "valid_psnr", "valid_mse", "data")  # on a narrow terminal
 QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress line in this time
 
 
@@ -48,7 +48,7 @@ class RunLog:
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         self.text.flush()
 
-    def step(self, values: dict[str, float], max_steps: int, seconds_left: float) -> None:
+    def step(self, values: dict[str, float | str], max_steps: int, seconds_left: float) -> None:
         """One logged step: `values` hold `step`, `loss`, `lr`, `images_per_second`, `data_wait` and whatever else."""
         if self.folder is None:
             return
@@ -66,18 +66,18 @@ class RunLog:
             print(f"{self.title}  {line}", flush=True)
             self.last_line = now
 
-    def values(self, values: dict[str, float]) -> None:
-        """`values`, `step` among them, to metrics.jsonl and the boards; nothing on the screen."""
+    def values(self, values: dict[str, float | str]) -> None:
+        """`values`, `step` among them, to metrics.jsonl, and the numbers to the boards; nothing on the screen."""
         if self.folder is None:
             return
-        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        finite = {k: (v if isinstance(v, str) or math.isfinite(v) else None) for k, v in values.items()}
         self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
         for board in self.boards:
-            board.scalars(int(values["step"]), {key: value for key, value in values.items() if key != "step"})
+            board.scalars(int(values["step"]), {key: value for key, value in values.items() if key != "step" and not isinstance(value, str)})
 
     def image(self, step: int, path: Path) -> None:
-        """A picture in the run folder, to the boards."""
+        """A picture in a folder of the run folder, whose name it has on the boards."""
         for board in self.boards:
             board.image(step, path)
 
@@ -96,13 +96,13 @@ class RunLog:
             self.open_line = False
 
 
-def progress_line(values: dict[str, float], max_steps: int, seconds_left: float, width: int | None = None) -> str:
+def progress_line(values: dict[str, float | str], max_steps: int, seconds_left: float, width: int | None = None) -> str:
     """`step 200/80000  loss 0.742  lr 2e-4  412 img/s  MFU 41%  data 0%  ETA 6 h 53 m`; MFU where the device's peak is known.
 
     Of a line longer than `width` the parts of `_SPARED_FIRST` are left out, as many as it takes.
     """
-    parts = {"step": f"step {values['step']:.0f}/{max_steps}"}
-    parts |= {key: f"{key} {values[key]:.4g}" for key in ("loss", "mse", "valid_mse", "rec", "mcos", "mdms") if key in values}
+    parts = {"step": f"step {values['step']:.0f}/{max_steps}"} | ({"stage": str(values["stage"])} if "stage" in values else {})
+    parts |= {key: f"{key} {values[key]:.4g}" for key in ("loss", "mse", "valid_mse", "rec", "valid_psnr", "mcos", "mdms") if key in values}
     parts |= {"lr": f"lr {values['lr']:.2g}", "rate": f"{values['images_per_second']:.0f} img/s"}
     if "mfu" in values:
         parts["mfu"] = f"MFU {100 * values['mfu']:.0f}%"

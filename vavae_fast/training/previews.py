@@ -1,4 +1,4 @@
-"""Grids of samples while a run trains: image k of every grid starts from the same noise and has the same label."""
+"""Grids of samples while a run trains: image k of every grid starts from the same noise and has the same label, or shows the same image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,11 @@ def write_preview(folder: Path, step: int, latents: Tensor, pixels: Callable[[Te
     """samples/step_XXXXXXXX.png of normalised latents (N, C, h, w); pixels(batch of them) -> (n, 3, H, W) uint8."""
     with torch.no_grad():
         images = torch.cat([pixels(part).cpu() for part in latents.split(batch)])
-    path = folder / "samples" / f"step_{step:08d}.png"
+    return write_grid(folder / "samples" / f"step_{step:08d}.png", images)
+
+
+def write_grid(path: Path, images: Tensor, columns: int | None = None) -> Path:
+    """images (N, 3, H, W) uint8, row by row, as one PNG: whole or not at all."""
     with artifacts.replacing(path) as temporary:
-        image_grid(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())).save(temporary, format="PNG")
+        image_grid(np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy()), columns).save(temporary, format="PNG")
     return path
