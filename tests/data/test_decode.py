@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vavae_fast.data.decode import center_crop, decode, random_crop
+from vavae_fast.data.decode import bilinear_crop, center_crop, decode, random_crop
 from vavae_fast.errors import BadInput
 
 PLACE = (0.0, 0.0)
@@ -41,6 +41,28 @@ def adm_crop(image, size):
 def test_center_crop_is_adms_to_the_bit(width, height):
     image = noise(width, height)
     assert np.array_equal(center_crop(image, 32, "x", PLACE), adm_crop(image, 32))
+
+
+def triangle(count, length):
+    """(count, length) float64: each of `count` outputs as a mean of `length` inputs, weighted by a triangle as wide as what it covers."""
+    scale = length / count
+    centre = (np.arange(count) + 0.5) * scale
+    weight = np.maximum(0, 1 - np.abs((np.arange(length) + 0.5 - centre[:, None]) / max(scale, 1)))
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (127, 65), (64, 64), (63, 200), (301, 129), (20, 9)])
+def test_bilinear_crop_averages_what_a_pixel_covers(width, height):
+    """torchvision's Resize of a float tensor and CenterCrop: the long side rounded down, the middle by Python's round."""
+    size, image, short = 32, noise(width, height), min(width, height)
+    w, h = (size if side == short else size * side // short for side in (width, height))
+    exact = np.einsum("yY,YXc,xX->yxc", triangle(h, height), np.array(image).astype(float), triangle(w, width))
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    expected = exact[top : top + size, left : left + size]
+    clear = np.abs(expected % 1 - 0.5) > 1e-3
+    found = bilinear_crop(image, size, "x", PLACE)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    assert np.array_equal(found[clear], np.floor(expected + 0.5)[clear]) and np.abs(found - expected).max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (127, 65), (200, 63), (20, 9)])

@@ -4,6 +4,8 @@
 2 x size, resize the short side to size (bicubic), cut the middle. For extraction and reconstruction scores.
 `random`: short side to size (bilinear without antialiasing, as taming-transformers does it with OpenCV), then a crop
 at a random place. For training the tokenizer.
+`bilinear`: short side to size (bilinear with antialiasing, torchvision's Resize of a float tensor), cut the middle. For
+the scores of the reference's evaluate_tokenizer.py.
 
 EXIF orientation is ignored, like there. Refused from the header: animations, more than 8 bits a channel, more than 64
 million pixels. Grey, palette, CMYK and alpha become RGB. Small images are enlarged.
@@ -14,6 +16,8 @@ import zlib
 from io import BytesIO
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from vavae_fast.errors import BadInput
@@ -108,6 +112,19 @@ def random_crop(image: Image.Image, size: int, name: str, place: tuple[float, fl
     return np.rint(_between(rows[:, before], rows[:, after], x[:, None])).astype(np.uint8)
 
 
+def bilinear_crop(image: Image.Image, size: int, name: str, place: tuple[float, float]) -> np.ndarray:
+    """Short side to `size`, the long one rounded down, then the middle: (size, size, 3) uint8, rounded once. `place` has no say."""
+    _scaled(image, size, name)
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    if (width, height) != image.size:
+        pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    middle = pixels[0, :, top : top + size, left : left + size]
+    return (middle + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
 def _neighbours(first: int, count: int, scale: float, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For output pixels first .. first + count: the two source pixels around each and the weight of the second."""
     centre = np.clip((np.arange(first, first + count) + 0.5) * scale - 0.5, 0, length - 1)
@@ -129,4 +146,4 @@ def _scaled(image: Image.Image, size: int, name: str) -> tuple[int, int]:
     return width, height
 
 
-CROPS = {"center": center_crop, "random": random_crop}
+CROPS = {"center": center_crop, "random": random_crop, "bilinear": bilinear_crop}
