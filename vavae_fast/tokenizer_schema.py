@@ -182,7 +182,7 @@ class FoundationConfig:
     standin: str | None = None  # a small trained stand-in (demos), with use_vf: standin
 
 
-@dataclass(frozen=True)
+
 @dataclass(frozen=True)
 class StageConfig:
     """One of `stages:`, ours: a part of a run, for what the reference does with a chain of runs. What it leaves null is as without it.
@@ -221,6 +221,7 @@ class StageConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names and getattr(self, f.name) is not None}
 
 
+@dataclass(frozen=True)
 class TokenizerConfig:
     """A tokenizer run: the reference's YAML, unchanged."""
 
@@ -251,7 +252,6 @@ class TokenizerConfig:
         if params.ignore_keys:
             raise BadInput("model.params.ignore_keys: weights are loaded whole or not at all; remove the key, or the entries from the file")
 
-    @property
     def _check_stages(self) -> None:
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", names, "of different names")
@@ -270,6 +270,7 @@ class TokenizerConfig:
         params = replace(params, lossconfig=loss, **stage.changes(TokenizerParams))
         return replace(self, model=replace(model, params=params, **stage.changes(TokenizerModelConfig)), stages=[])
 
+    @property
     def start_weights(self) -> str | None:
         """The weights that training starts from; null: none."""
         return self.weight_init or self.init_weight or self.model.params.ckpt_path
