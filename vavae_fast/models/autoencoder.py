@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vavae_kernels
 from vavae_fast.errors import is_integer, is_number, require
-
-_EPS = 1e-6
+from vavae_fast.models.autoencoder_layers import Blocks, conv3
 
 
 class DiagonalGaussian:
@@ -62,8 +59,8 @@ class AutoencoderKL(nn.Module):
     2 ** (len(ch_mult) - 1) times smaller. `attn_resolutions` name the levels that attend, by their size when the image
     is `resolution`; other sizes run through the same levels. `z_channels` (default embed_dim) lie between the encoder
     and the 1x1 quant_conv. `num_groups` of every norm defaults to the largest power of two up to 32 that divides the
-    channels of every level: 32 for the published models, less for tiny ones. `fused` runs GroupNorm and SiLU as one
-    operator; parameters and keys do not change.
+    channels of every level: 32 for the published models, less for tiny ones. `fused` runs the layers' fused forms and keeps
+    channels last in memory, weights and images too; parameters and keys do not change.
     """
 
     def __init__(
@@ -95,12 +92,15 @@ class AutoencoderKL(nn.Module):
         if any(width % groups for width in [ch, *widths]):
             raise ValueError(f"AutoencoderKL: num_groups {groups} does not divide the channels of every level, {[ch, *widths]}")
         attends = [resolution // 2**level in attn_resolutions for level in range(len(widths))]
-        blocks = _Blocks(groups, dropout, fused)
+        blocks = Blocks(groups, dropout, fused)
         self.embed_dim, self.in_channels = embed_dim, in_channels
         self.encoder = Encoder(in_channels, ch, widths, num_res_blocks, attends, z_channels, blocks)
         self.decoder = Decoder(out_ch, ch, widths, num_res_blocks, attends, z_channels, blocks)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.fused = fused
+        if fused:
+            self.to(memory_format=torch.channels_last)
 
     @property
     def downsample_ratio(self) -> int:
@@ -124,13 +124,17 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode: images have shape {tuple(x.shape)}, expected (N, {self.in_channels}, H, W)")
         if x.shape[2] % ratio or x.shape[3] % ratio or 0 in x.shape[2:]:
             raise ValueError(f"encode: images are {x.shape[2]} x {x.shape[3]}, expected multiples of {ratio}; crop or resize them")
-        return DiagonalGaussian(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
+        return DiagonalGaussian(self.quant_conv(self.encoder(self._taken(x))))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents z (N, embed_dim, h, w), not normalised -> images (N, out_ch, h r, w r), about [-1, 1]."""
         if z.ndim != 4 or z.shape[1] != self.embed_dim:
             raise ValueError(f"decode: latents have shape {tuple(z.shape)}, expected (N, {self.embed_dim}, h, w)")
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.post_quant_conv(self._taken(z)))
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """x in the dtype of the weights, and in their memory format."""
+        return x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last if self.fused else torch.preserve_format)
 
     def forward(self, x: Tensor, sample_posterior: bool = True, noise: Tensor | None = None) -> Autoencoded:
         """encode, draw z (or take the mean), decode. `noise` (N, C, h, w) makes the draw a function of the caller's."""
@@ -143,52 +147,21 @@ def _default_groups(widths: Sequence[int]) -> int:
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in widths))
 
 
-class _Blocks(NamedTuple):
-    """Makes the parts that every level shares."""
-
-    groups: int
-    dropout: float
-    fused: bool
-
-    def norm(self, channels: int, silu: bool = True) -> "GroupNorm":
-        return GroupNorm(self.groups, channels, silu, self.fused)
-
-    def residual(self, c_in: int, c_out: int) -> "ResidualBlock":
-        return ResidualBlock(c_in, c_out, self)
-
-    def attention(self, channels: int) -> "Attention":
-        return Attention(channels, self)
-
-    def level(self, c_in: int, c_out: int, count: int, attends: bool) -> nn.Module:
-        """`count` residual blocks, each followed by attention where the level attends."""
-        level = nn.Module()
-        level.block = nn.ModuleList(self.residual(c_in if i == 0 else c_out, c_out) for i in range(count))
-        level.attn = nn.ModuleList(self.attention(c_out) for _ in range(count if attends else 0))
-        return level
-
-    def middle(self, channels: int) -> nn.Module:
-        middle = nn.Module()
-        middle.block_1 = self.residual(channels, channels)
-        middle.attn_1 = self.attention(channels)
-        middle.block_2 = self.residual(channels, channels)
-        return middle
-
-
 class Encoder(nn.Module):
     """Images (N, 3, H, W) -> (N, 2 z_channels, H / r, W / r), before quant_conv."""
 
-    def __init__(self, c_in: int, ch: int, widths: Sequence[int], count: int, attends: Sequence[bool], z_channels: int, blocks: _Blocks):
+    def __init__(self, c_in: int, ch: int, widths: Sequence[int], count: int, attends: Sequence[bool], z_channels: int, blocks: Blocks):
         super().__init__()
-        self.conv_in = _conv3(c_in, ch)
+        self.conv_in = conv3(c_in, ch)
         self.down = nn.ModuleList()
         for index, (before, width) in enumerate(zip([ch, *widths], widths)):
             level = blocks.level(before, width, count, attends[index])
             if index < len(widths) - 1:
-                level.downsample = Downsample(width)
+                level.downsample = blocks.halve(width)
             self.down.append(level)
         self.mid = blocks.middle(widths[-1])
         self.norm_out = blocks.norm(widths[-1])
-        self.conv_out = _conv3(widths[-1], 2 * z_channels)
+        self.conv_out = conv3(widths[-1], 2 * z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -203,21 +176,21 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(N, z_channels, h, w), after post_quant_conv -> images (N, out_ch, h r, w r). One residual block a level more than the encoder."""
 
-    def __init__(self, c_out: int, ch: int, widths: Sequence[int], count: int, attends: Sequence[bool], z_channels: int, blocks: _Blocks):
+    def __init__(self, c_out: int, ch: int, widths: Sequence[int], count: int, attends: Sequence[bool], z_channels: int, blocks: Blocks):
         super().__init__()
-        self.conv_in = _conv3(z_channels, widths[-1])
+        self.conv_in = conv3(z_channels, widths[-1])
         self.mid = blocks.middle(widths[-1])
         levels = []  # as they run: from the smallest map to the image
         before = widths[-1]
         for index in reversed(range(len(widths))):
             level = blocks.level(before, widths[index], count + 1, attends[index])
             if index > 0:
-                level.upsample = Upsample(widths[index])
+                level.upsample = blocks.double(widths[index])
             levels.append(level)
             before = widths[index]
         self.up = nn.ModuleList(reversed(levels))  # keys count levels from the image, as the encoder's do
         self.norm_out = blocks.norm(widths[0])
-        self.conv_out = _conv3(widths[0], c_out)
+        self.conv_out = conv3(widths[0], c_out)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
@@ -229,86 +202,9 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(h))
 
 
-def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
 def _through(level: nn.Module, h: Tensor) -> Tensor:
     for index, block in enumerate(level.block):
         h = block(h)
         if level.attn:
             h = level.attn[index](h)
     return h
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm with eps 1e-6, followed by SiLU unless told otherwise; `fused` runs both as one operator."""
-
-    def __init__(self, groups: int, channels: int, silu: bool = True, fused: bool = False):
-        super().__init__(groups, channels, eps=_EPS)
-        self.silu, self.fused = silu, fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return vavae_kernels.group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu)
-        y = super().forward(x)
-        return F.silu(y) if self.silu else y
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
-
-    def __init__(self, c_in: int, c_out: int, blocks: _Blocks):
-        super().__init__()
-        self.norm1 = blocks.norm(c_in)
-        self.conv1 = _conv3(c_in, c_out)
-        self.norm2 = blocks.norm(c_out)
-        self.dropout = nn.Dropout(blocks.dropout)
-        self.conv2 = _conv3(c_out, c_out)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
-
-
-class Attention(nn.Module):
-    """x + proj(softmax(q k^T / sqrt(C)) v): one head over the h w places of a map."""
-
-    def __init__(self, channels: int, blocks: _Blocks):
-        super().__init__()
-        self.norm = blocks.norm(channels, silu=False)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        q, k, v = (conv(y).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (N, 1, h w, C)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2, padded below and to the right only."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Each place four times, then a 3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = _conv3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
