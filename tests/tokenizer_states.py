@@ -11,7 +11,7 @@ from vavae_fast.models.autoencoder import AutoencoderKL
 from vavae_fast.models.discriminator import PatchDiscriminator
 from vavae_fast.models.standins import StandInEncoder, StandInPerceptual
 from vavae_fast.training.guard import Guard
-from vavae_fast.training.tokenizer import TokenizerState, plain_gradients
+from vavae_fast.training.tokenizer import Stage, TokenizerState, plain_gradients
 
 CPU = torch.device("cpu")
 SEED = 3
@@ -28,17 +28,16 @@ def state(reverse_proj=True, proj_fix=False, vf=True, dtype=torch.float32, disc_
     projection = None
     if vf:
         projection = nn.Conv2d(4, 8, 1, bias=False) if reverse_proj else nn.Conv2d(8, 4, 1)
-        projection.requires_grad_(not proj_fix)
     for network in (autoencoder, discriminator, foundation, perceptual, projection):
         if network is not None:
             network.to(dtype)
-    trained = [*autoencoder.parameters(), *(projection.parameters() if vf and not proj_fix else ())]
+    trained = [*autoencoder.parameters(), *(projection.parameters() if vf else ())]
     weights = LossWeights(kl_weight=1e-6, disc_weight=0.5, disc_start=disc_start, vf_weight=0.1, adaptive_vf=adaptive_vf,
                           distmat_margin=0.1, cos_margin=0.2)  # fmt: skip
     plain = dict(
         autoencoder=autoencoder, projection=projection, discriminator=discriminator, foundation=foundation, perceptual=perceptual,
         optimizer=torch.optim.Adam(trained, fused=True, **ADAM), optimizer_disc=torch.optim.Adam(discriminator.parameters(), fused=True, **ADAM),
-        weights=weights, guard=Guard(CPU, 10), world=World(0, 1, CPU), seed=SEED, base_lr=1e-3, decay_fraction=0.0, max_steps=100, bf16=False,
+        stages=(Stage(0, 100, weights, 1e-3, train_projection=not proj_fix),), guard=Guard(CPU, 10), world=World(0, 1, CPU), seed=SEED, bf16=False,
         reverse_proj=reverse_proj, gradients=plain_gradients,
     )  # fmt: skip
     return TokenizerState(**(plain | changes))

@@ -126,7 +126,7 @@ class TrainConfig:
     keep_last: int | None = None  # checkpoints kept, beside the best on held-out loss and those with a file `pinned` in them; null: all
     keep_every: int | None = None  # and those whose step is a multiple of this
     max_skipped: int = 10  # non-finite steps in a row before the run stops
-    max_rollbacks: int = 3  # LightningDiT: times that a leap of the loss sends the run back before it stops; 0: never
+    max_rollbacks: int = 3  # times that a leap of the loss (a tokenizer's nll) sends the run back before it stops; 0: never
 
     def __post_init__(self):
         for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped"):

@@ -9,7 +9,7 @@ from tokenizer_states import ADAM, SEED, batch, state
 
 from vavae_fast import rng
 from vavae_fast.training.one_pass import one_pass_gradients
-from vavae_fast.training.tokenizer import accumulate, plain_gradients, tokenizer_step
+from vavae_fast.training.tokenizer import Stage, accumulate, plain_gradients, tokenizer_step
 
 BOTH = pytest.mark.parametrize("formulation", [plain_gradients, one_pass_gradients])
 
@@ -224,8 +224,10 @@ def test_gradients_take_the_memory_layout_of_their_parameter(ours, theirs):
 
 
 def test_the_learning_rate_decays_at_the_end():
-    s = state(decay_fraction=0.5, max_steps=4)
-    assert [s.learning_rate(step) for step in range(4)] == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3])
+    """Of each stage."""
+    s = state()
+    s.stages = (Stage(0, 4, s.weights, 1e-3, decay_fraction=0.5), Stage(4, 6, s.weights, 1e-4, decay_fraction=0.5))
+    assert [s.learning_rate(step) for step in range(6)] == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3, 1e-4, 1e-4])
 
 
 @BOTH

@@ -1,6 +1,5 @@
 """Train a VA-VAE on images: reconstruction, GAN and alignment with a vision foundation model."""
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +7,13 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
+from vavae_fast.commands.tokenizer_stages import PlannedStage, plan_stages, run_length
 from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 from vavae_fast.training.boards import require_boards
 
 EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
 CONFIG = TokenizerConfig
-
-RECIPE_EPOCHS = 100  # of the published recipe's first stage, when a config names no length
 
 
 def arguments(parser) -> None:
@@ -31,17 +29,22 @@ class TokenizerPlan:
     micro_batch: int
     accumulation: int
     processes: int
-    max_steps: int | None  # None: a dry run without images
+    stages: tuple[PlannedStage, ...]
     resumes: bool
     images: Any
     foundation: Any  # frozen networks, None where the objective needs none; a dry run does not load them
     perceptual: Any
     watch: Any
 
+    @property
+    def max_steps(self) -> int | None:
+        """None: a dry run without images."""
+        return run_length(self.config, self.stages)
+
     def describe(self) -> str:
         c, f = self.config, predict(self.config)
         p = c.model.params
-        steps = f"{self.max_steps:,}" if self.max_steps else f"{c.lightning.trainer.max_epochs or RECIPE_EPOCHS} epochs"
+        steps = "\n           ".join(stage.describe() for stage in self.stages)
         data = f"{len(self.images):,} images, {len(self.images.classes)} classes" if self.images is not None else f"not set: {c.image_path}"
         return (
             f"{to_yaml(c)}\n"
@@ -50,7 +53,7 @@ class TokenizerPlan:
             f"           {f['flops'] / 1e9:.1f} GFLOP an image forward (autoencoder alone)\n"
             f"data       {data}\n"
             f"batch      {c.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
-            f"steps      {steps}, lr {c.model.base_learning_rate:g} (not scaled)\n"
+            f"stages     {steps}\n"
             f"watched    {self.watch.describe(c)}\n"
             f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
@@ -82,8 +85,10 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     from vavae_fast.commands.watch_tokenizer import plan_watch
 
     watch = plan_watch(config, images)
+    stages = plan_stages(config, images)
+    run_length(config, stages)
     foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run)
-    return TokenizerPlan(config, folder, micro, accumulated, processes, _steps(config, images), resumes, images, foundation, perceptual, watch)
+    return TokenizerPlan(config, folder, micro, accumulated, processes, stages, resumes, images, foundation, perceptual, watch)
 
 
 def _builtin(path: str | None) -> bool:
@@ -100,13 +105,6 @@ def _frozen_weights_given(config: TokenizerConfig) -> None:
         given_path(config.foundation.standin, "foundation.standin", "the stand-in's file")
     elif vf is not None and config.foundation.weights != "hub":
         given_path(config.foundation.weights, "foundation.weights", f"the weights of {vf}, or hub to let timm download them")
-
-
-def _steps(config: TokenizerConfig, images) -> int | None:
-    """train.max_steps, or lightning.trainer.max_epochs passes over the images; the recipe's 100 epochs when neither is set."""
-    if config.train.max_steps is not None or images is None:
-        return config.train.max_steps
-    return math.ceil((config.lightning.trainer.max_epochs or RECIPE_EPOCHS) * len(images) / config.global_batch_size)
 
 
 def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_run: bool) -> tuple[Any, Any]:
@@ -176,9 +174,10 @@ def _run(plan: TokenizerPlan, world) -> Path:
     log.say(f"{model}, {len(plan.images):,} images, "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)
-    keep = Retention(c.keep_last, c.keep_every)
+    ends = {stage.name: stage.end for stage in plan.stages if stage.name is not None}
+    keep = Retention(c.keep_last, c.keep_every, frozenset(ends.values()))
     settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep,
-                            facts | dict(config=to_mapping(config)))  # fmt: skip
+                            facts | dict(stages=ends, config=to_mapping(config)), stages=ends)  # fmt: skip
     looks = observers(config, plan.watch, state, plan.micro_batch, log)
     return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start, looks)
 
@@ -192,7 +191,6 @@ def _state(plan: TokenizerPlan, world, log):
     from vavae_fast.training.tokenizer import TokenizerState, plain_gradients
 
     config = plan.config
-    params = config.model.params
     torch.manual_seed(config.train.global_seed)
     autoencoder, discriminator = build.autoencoder(config), build.discriminator(config)
     foundation, perceptual = plan.foundation, plan.perceptual
@@ -202,18 +200,23 @@ def _state(plan: TokenizerPlan, world, log):
     for network in (autoencoder, projection, discriminator, foundation, perceptual):
         if network is not None:
             network.to(world.device)
-    if projection is not None:
-        projection.requires_grad_(not params.proj_fix)
-    trained = [*autoencoder.parameters(), *(projection.parameters() if projection is not None and not params.proj_fix else ())]
+    trained = [*autoencoder.parameters(), *(() if projection is None else projection.parameters())]
     adam = dict(lr=config.model.base_learning_rate, betas=(0.5, 0.9), fused=True)
     return TokenizerState(
         autoencoder=autoencoder.train(), projection=projection, discriminator=discriminator.train(), foundation=foundation,
         perceptual=perceptual, optimizer=torch.optim.Adam(trained, **adam), optimizer_disc=torch.optim.Adam(discriminator.parameters(), **adam),
-        weights=build.loss_weights(config), guard=Guard(world.device, config.train.max_skipped), world=world,
-        seed=config.train.global_seed, base_lr=config.model.base_learning_rate, decay_fraction=config.decay_fraction,
-        max_steps=plan.max_steps, bf16=build.bf16(_precision(config), world.device), reverse_proj=params.reverse_proj,
+        stages=tuple(map(_stage, plan.stages)), guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, watches="nll"),
+        world=world, seed=config.train.global_seed, bf16=build.bf16(_precision(config), world.device), reverse_proj=config.model.params.reverse_proj,
         gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
+
+
+def _stage(planned: PlannedStage):
+    from vavae_fast.commands import build
+    from vavae_fast.training.tokenizer import Stage
+
+    model, weights = planned.config.model, build.loss_weights(planned.config)
+    return Stage(planned.begin, planned.end, weights, model.base_learning_rate, planned.config.decay_fraction, not model.params.proj_fix)
 
 
 def _precision(config: TokenizerConfig) -> str:

@@ -23,10 +23,11 @@ class Guard:
     step count and average as they were, and they divide gradients by `grad_scale`, which is how clipping costs no pass of its own.
     """
 
-    def __init__(self, device: torch.device, max_skipped: int, max_rollbacks: int = 0):
+    def __init__(self, device: torch.device, max_skipped: int, max_rollbacks: int = 0, watches: str = "loss"):
+        """`watches`: the logged value whose leaps count. Not every loss is one: a weight that adapts makes it leap with nothing wrong."""
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.max_skipped, self.max_rollbacks = max_skipped, max_rollbacks
+        self.max_skipped, self.max_rollbacks, self.watches = max_skipped, max_rollbacks, watches
         self.losses: list[float] = []  # of the last log lines
         self.rollbacks, self.passed_over = 0, 0  # how often the run went back; how many steps' batches it left out
 

@@ -9,9 +9,9 @@ import copy
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,11 +52,16 @@ class LoopSettings:
     keep: Retention
     facts: dict[str, Any]  # into every checkpoint's manifest
     peak_images_per_second: float | None = None  # at which the model's own FLOPs would fill all devices; None: not known, no MFU
+    stages: Mapping[str, int] = field(default_factory=dict)  # a run's parts in their order and the steps done at their ends; none: it has no parts
+
+    def stage(self, step: int) -> str | None:
+        """The name of the part that the step number `step`, counted from 1, belongs to."""
+        return next((name for name, end in self.stages.items() if step <= end), None)
 
 
 @dataclass(frozen=True)
 class Observer:
-    """What is looked at every `every` steps and after the last, on every process: held-out loss, samples. It trains nothing."""
+    """What is looked at every `every` steps, at the end of a stage and after the last step, on every process: held-out loss, samples. It trains nothing."""
 
     every: int
     look: Callable[[int], dict[str, float]]  # steps done -> values for the log line
@@ -120,31 +125,38 @@ def train(
     """Run steps `start` to `max_steps`; `batches(n)` gives each step's micro-batches from the n-th on. Returns the number of steps done.
 
     A line is logged every `log_every` steps; what an observer sees between two has a line of its own, so that nothing but
-    `log_every` sets the windows that lines and guards read. The time that observers take is no training time.
+    `log_every` sets the windows that lines and guards read. The time that observers take is no training time. A stage ends with a line
+    and a checkpoint, which it waits for.
     Where the loss of a line leaps up, the run goes back to a checkpoint from before that line, and on with batches not seen yet.
     """
     meter = _Meter(settings.global_batch, settings.peak_images_per_second)
     checkpoint_folder = settings.folder / "checkpoints"
     done = logged = start
+    stage = None
     # The saver meets the other processes; a signal that comes while they do not is not to be put off.
     with Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver, StopSignal() as stop, _Feed(batches) as feed:
         feed.begin(start + state.guard.passed_over)
         while done < settings.max_steps:
             done += 1
+            if settings.stage(done) != stage:
+                stage = settings.stage(done)
+                log.say(f"stage {stage}: to step {settings.stages[stage]:,}")
             with meter.waiting():
                 micro_batches = next(feed.steps)
             meter.add(step(state, done - 1, micro_batches))
             if done == start + 1:
                 world.steps_begin()
-            last = done == settings.max_steps
-            seen = _look(observers, done, last, meter)
-            if seen and not (done % settings.log_every == 0 or last):
-                log.values({"step": done} | seen)
-            if done % settings.log_every == 0 or last:
+            ends = done == settings.max_steps or done in settings.stages.values()
+            place = {"step": done} | ({"stage": stage} if stage else {})
+            seen = _look(observers, done, ends, meter)
+            if seen and not (done % settings.log_every == 0 or ends):
+                log.values(place | seen)
+            if done % settings.log_every == 0 or ends:
                 values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)} | seen
-                log.step({"step": done} | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
+                log.step(place | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
                 state.guard.check(done, settings.global_batch)
-                if state.guard.spiked(values["loss"]) and (target := _go_back(state, done, logged, values["loss"], saver, world, log)) is not None:
+                watched = values[state.guard.watches]
+                if state.guard.spiked(watched) and (target := _go_back(state, done, logged, watched, saver, world, log)) is not None:
                     done = logged = target
                     feed.begin(done + state.guard.passed_over)
                     meter.restart()
@@ -153,9 +165,9 @@ def train(
                 meter.restart()
             stopped = world.any(stop.name is not None)
             saver.check()
-            if done % settings.ckpt_every == 0 or last or stopped:
+            if done % settings.ckpt_every == 0 or ends or stopped:
                 saver.save(done, state.groups())
-                if last or stopped:
+                if ends or stopped:
                     saver.finish()
                 after_save()
             if stopped:
@@ -165,27 +177,27 @@ def train(
     return settings.max_steps
 
 
-def _look(observers: Sequence[Observer], done: int, last: bool, meter: "_Meter") -> dict[str, float]:
+def _look(observers: Sequence[Observer], done: int, ends: bool, meter: "_Meter") -> dict[str, float]:
     """The values of those that are due."""
     seen: dict[str, float] = {}
     for observer in observers:
-        if done % observer.every == 0 or last:
+        if done % observer.every == 0 or ends:
             with meter.paused():
                 seen |= observer.look(done)
     return seen
 
 
-def _go_back(state: State, done: int, logged: int, loss: float, saver: Saver, world: World, log: RunLog) -> int | None:
+def _go_back(state: State, done: int, logged: int, value: float, saver: Saver, world: World, log: RunLog) -> int | None:
     """Load the newest whole checkpoint of step `logged`, the last good line's, or before, and drop those after it. Returns its step.
 
     None, and nothing done, without one. `BadInput` when the run has gone back as often as it may.
     """
     saver.settle()
-    spike = f"the loss leapt to {loss:.4g} at step {done}"
+    spike = f"the {state.guard.watches} leapt to {value:.4g} at step {done}"
     if state.guard.rollbacks >= state.guard.max_rollbacks:
         raise BadInput(
             f"{saver.folder.parent}: {spike}, for the {state.guard.rollbacks + 1}. time; lower the learning rate, clip gradients "
-            "(max_grad_norm), set model.use_qknorm=true, or train.max_rollbacks=0 to go on all the same"
+            "(max_grad_norm), for LightningDiT set model.use_qknorm=true, or train.max_rollbacks=0 to go on all the same"
         )
     target = world.from_main(saver.rewind(logged) if world.main else None)
     if target is None:

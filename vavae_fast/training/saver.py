@@ -39,10 +39,15 @@ class SaveFailed(Exception):
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the `last` ones (None: all), every one whose step is a multiple of `every`, the best, the pinned."""
+    """Which checkpoints stay: the `last` ones (None: all), every one whose step is a multiple of `every` or in `steps`, the best, the pinned."""
 
     last: int | None = None
     every: int | None = None
+    steps: frozenset[int] = frozenset()
+
+    def asks_for(self, step: int) -> bool:
+        """Whether a checkpoint of this step stays however old it is."""
+        return step in self.steps or bool(self.every and step % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def retain(folder: Path, keep: Retention, verified: set[Path]) -> None:
     verified.update(whole)
     best = _best(whole, folder.parent / "metrics.jsonl")
     for path in whole[: -keep.last]:
-        if path != best and not (path / PINNED).exists() and not (keep.every and _step(path) % keep.every == 0):
+        if path != best and not (path / PINNED).exists() and not keep.asks_for(_step(path)):
             _remove(path)
 
 

@@ -1,7 +1,7 @@
 """The VA-VAE step: paper section 3; reference vavae/ldm/models/autoencoder.py, contperceptual.py."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,24 @@ from vavae_fast.training.parallel import average_gradients
 Gradients = dict[nn.Parameter, Tensor]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Steps `begin` up to `end`, which is the next one's, and what is theirs. `StageConfig` says how one begins; a run without stages is one."""
+
+    begin: int
+    end: int
+    weights: LossWeights
+    base_lr: float
+    decay_fraction: float = 0.0
+    train_projection: bool = True
+
+
 @dataclass
 class TokenizerState:
     """What a tokenizer run trains: autoencoder, projection to the features, discriminator; and what it looks at, frozen.
 
-    `projection` is the 1x1 convolution between z and the features of `foundation`; both are None without alignment.
-    `gradients` is how a step differentiates: `plain_gradients` below, or `one_pass_gradients` with fewer passes.
+    `projection` is the 1x1 convolution between z and the features of `foundation`; both are None without alignment. `optimizer` holds it in
+    every stage: without a gradient it stays. `gradients` is how a step differentiates: `plain_gradients` below, or `one_pass_gradients` with fewer passes.
     """
 
     autoencoder: AutoencoderKL
@@ -42,25 +54,51 @@ class TokenizerState:
     perceptual: Callable[[Tensor, Tensor], Tensor] | None
     optimizer: torch.optim.Optimizer
     optimizer_disc: torch.optim.Optimizer
-    weights: LossWeights
+    stages: tuple[Stage, ...]
     guard: Guard
     world: World
     seed: int
-    base_lr: float
-    decay_fraction: float
-    max_steps: int
     bf16: bool
     reverse_proj: bool
     gradients: "Callable[[TokenizerState, int, ImageBatch], tuple[dict[str, Tensor], Gradients]]"
     max_grad_norm: float | None = None
+    stage: Stage = field(init=False)  # that of the step at hand
+
+    def __post_init__(self):
+        self.stage = self.stages[0]
+
+    def stage_at(self, step: int) -> Stage:
+        return next(stage for stage in self.stages if step < stage.end)
+
+    def enter(self, step: int) -> int:
+        """Make the stage of `step` the present one, with fresh optimizers at its beginning; returns the steps since. A function of the step
+        alone, so a run continues anywhere."""
+        self.stage = self.stage_at(step)
+        iteration = step - self.stage.begin
+        if self.projection is not None:
+            self.projection.requires_grad_(self.stage.train_projection)
+        if iteration == 0:
+            self.optimizer.state.clear()
+            self.optimizer_disc.state.clear()
+        if iteration == 0 or self.weights.generator_factor(iteration) != self.weights.generator_factor(iteration - 1):
+            self.guard.expect_another_loss()
+        return iteration
+
+    @property
+    def weights(self) -> LossWeights:
+        return self.stage.weights
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(self.base_lr, step, self.max_steps, decay_fraction=self.decay_fraction)
+        stage = self.stage_at(step)
+        return learning_rate(stage.base_lr, step - stage.begin, stage.end - stage.begin, decay_fraction=stage.decay_fraction)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters of the first optimizer, by name."""
-        parts = [self.autoencoder] if self.projection is None else [self.autoencoder, ("linear_proj", self.projection)]
-        return trainable(*parts)
+        """The parameters that the first optimizer moves in this stage, by name."""
+        return {name: p for name, p in self._parameters().items() if p.requires_grad}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        projection = {} if self.projection is None else {f"linear_proj.{name}": p for name, p in self.projection.named_parameters()}
+        return dict(self.autoencoder.named_parameters()) | projection
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16)
@@ -91,7 +129,7 @@ class TokenizerState:
         return {
             "model": self._model(),
             "discriminator": self.discriminator.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.trained()),
+            "optimizer": optimizer_tensors(self.optimizer, self._parameters()),
             "optimizer_disc": optimizer_tensors(self.optimizer_disc, trainable(self.discriminator)),
             "guard": self.guard.state_dict(),
         }
@@ -99,7 +137,9 @@ class TokenizerState:
     def load_groups(self, groups: Groups, source: str) -> None:
         load_tensors(self._model(), groups["model"], source)
         load_tensors(self.discriminator.state_dict(), groups["discriminator"], source)
-        load_optimizer_tensors(self.optimizer, self.trained(), groups["optimizer"], source)
+        self.optimizer.state.clear()  # what a run that goes back has come to know since, the discriminator's moments perhaps
+        self.optimizer_disc.state.clear()
+        load_optimizer_tensors(self.optimizer, self._parameters(), groups["optimizer"], source)
         load_optimizer_tensors(self.optimizer_disc, trainable(self.discriminator), groups["optimizer_disc"], source)
         self.guard.load_state_dict(groups["guard"])
 
@@ -108,25 +148,37 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     """One step of both networks on this process's micro-batches. No host sync: values are () tensors on the device.
 
     Both losses look at the same reconstructions, made before either network moves. A non-finite gradient of either
-    leaves both as they were.
+    leaves both as they were, running statistics of the discriminator too.
     """
+    iteration = state.enter(step)
     rate = state.learning_rate(step)
     set_learning_rate(state.optimizer, rate)
     set_learning_rate(state.optimizer_disc, rate)
     means: dict[str, Tensor] = {}
+    statistics = [buffer.clone() for buffer in state.discriminator.buffers()]
     for batch in micro_batches:
-        terms, gradients = state.gradients(state, step, batch)
+        terms, gradients = state.gradients(state, iteration, batch)
         accumulate(gradients, len(micro_batches))
         for key, value in terms.items():
             means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
 
     norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
-    if state.weights.discriminator_factor(step) > 0:
-        norms[_as_if_stepped(state.optimizer_disc, step)] = _averaged_norm(state, state.discriminator.parameters())
-    state.guard.step(norms, state.max_grad_norm)
+    if state.weights.discriminator_factor(iteration) > 0:
+        norms[_as_if_stepped(state.optimizer_disc, iteration)] = _averaged_norm(state, state.discriminator.parameters())
+    ok = state.guard.step(norms, state.max_grad_norm)
+    for now, before in zip(state.discriminator.buffers(), statistics):
+        now.copy_(torch.where(ok, now, before))
     for optimizer in norms:
         optimizer.zero_grad(set_to_none=True)
-    return means | {"grad_norm": norms[state.optimizer]}
+    return means | _per_value(means, state.autoencoder, micro_batches[0]) | {"grad_norm": norms[state.optimizer]}
+
+
+def _per_value(means: dict[str, Tensor], autoencoder: AutoencoderKL, batch: ImageBatch) -> dict[str, Tensor]:
+    """The sums over an image once more as means: loss and nll over its 3 H W values, kl over those of its latent."""
+    pixels = batch.pixels[0].numel()
+    height, width = batch.pixels.shape[-2:]
+    latent = autoencoder.embed_dim * (height // autoencoder.downsample_ratio) * (width // autoencoder.downsample_ratio)
+    return {f"{name}_per_pixel": means[name] / pixels for name in ("loss", "nll")} | {"kl_per_latent": means["kl"] / latent}
 
 
 def plain_gradients(state: TokenizerState, step: int, batch: ImageBatch) -> tuple[dict[str, Tensor], Gradients]:
