@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ EXAMPLE = "vavae-fast evaluate --samples samples/samples.npz --reference VIRTUAL
 
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall")
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips")
+RECONSTRUCTION_PROTOCOLS = ("adm", "lightningdit")
+_RECONSTRUCTION_FLAGS = ("config", "images", "checkpoint", "vgg", "lpips", "protocol", "seed", "precision", "picture", "picture_num")
 
 
 def arguments(parser) -> None:
@@ -28,6 +30,11 @@ def arguments(parser) -> None:
     parser.add_argument("--checkpoint", metavar="CKPT", help="with --reconstruction: tokenizer weights; default: the config's")
     parser.add_argument("--vgg", metavar="FILE", help="with --reconstruction: VGG16 weights for LPIPS")
     parser.add_argument("--lpips", metavar="FILE", help="with --reconstruction: LPIPS v0.1 linear weights for VGG")
+    parser.add_argument("--protocol", choices=RECONSTRUCTION_PROTOCOLS, help="with --reconstruction: crop, latent and arithmetic; default: adm")
+    parser.add_argument("--seed", type=int, help="with --reconstruction: of the posterior's noise, where the protocol samples; default: 0")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="with --reconstruction: of the tokenizer; default: fp32")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="with --reconstruction: a PNG of originals, reconstructions, differences")
+    parser.add_argument("--picture-num", type=int, metavar="N", help="images of the picture; default: 8")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
     parser.add_argument("--image-size", type=int, help="of image folders; default: that of the .npz beside, or 256")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
@@ -58,12 +65,18 @@ class ReconstructionPlan:
     images: Any
     inception: Any
     lpips: Any
+    protocol: str
+    seed: int
+    precision: str
     batch: int
+    picture: Path | None
+    picture_num: int
     json: Path | None
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)  # what made the values, for the JSON
 
     def describe(self) -> str:
-        return f"{', '.join(self.metrics)} of {len(self.images):,} images, {self.facts}\nnothing was written"
+        facts = "".join(f"{name:<18} {value}\n" for name, value in self.facts.items())
+        return f"{', '.join(self.metrics)} of {len(self.images):,} images\n{facts}nothing was written"
 
 
 def plan(config: None, args) -> "EvaluatePlan | ReconstructionPlan":
@@ -74,8 +87,9 @@ def plan(config: None, args) -> "EvaluatePlan | ReconstructionPlan":
         require(name in known, "--metrics", name, f"among {', '.join(known)}")
     require(args.batch > 0, "--batch", args.batch, "above 0")
     require(args.bootstrap == 0 or args.bootstrap >= 2, "--bootstrap", args.bootstrap, "0, or 2 or more")
-    if args.json:
-        artifacts.require_writable(args.json.parent)
+    for file in (args.json, args.picture):
+        if file:
+            artifacts.require_writable(file.parent)
     return _plan_reconstruction(args, metrics) if args.reconstruction else _plan_samples(args, metrics)
 
 
@@ -83,9 +97,9 @@ def _plan_samples(args, metrics: list[str]) -> EvaluatePlan:
     for flag, value in (("--samples", args.samples), ("--reference", args.reference)):
         if not value:
             raise BadInput(f"{flag}: missing; give an image folder or an .npz file")
-    for flag in ("config", "images", "checkpoint"):
-        if getattr(args, flag):
-            raise BadInput(f"--{flag}: only with --reconstruction")
+    for name in _RECONSTRUCTION_FLAGS:
+        if getattr(args, name) is not None:
+            raise BadInput(f"--{name.replace('_', '-')}: only with --reconstruction")
     from vavae_fast.evaluation import NpzImages, ReferenceStatistics, load_reference, require_count, require_metrics
 
     size = args.image_size or _npz_size(args.samples) or _npz_size(args.reference) or 256
@@ -151,32 +165,56 @@ def _plan_reconstruction(args, metrics: list[str]) -> ReconstructionPlan:
     for flag, value, what in (("--vgg", args.vgg, "VGG16 weights (vgg16-397923af.pth)"), ("--lpips", args.lpips, "linear weights (vgg.pth)")):
         if "lpips" in metrics and not value:
             raise BadInput(f"{flag}: missing; LPIPS needs its {what}; give the file, or leave lpips out of --metrics")
+    for flag, value in (("--samples", args.samples), ("--reference", args.reference)):
+        if value:
+            raise BadInput(f"{flag}: only without --reconstruction")
+    seed, number = args.seed or 0, 8 if args.picture_num is None else args.picture_num
+    require(seed >= 0, "--seed", seed, "0 or more")
+    require(number > 0, "--picture-num", number, "above 0")
     config = load_config(args.config, tuple(args.overrides))
     from vavae_fast.commands import build
-    from vavae_fast.evaluation import require_count
+    from vavae_fast.commands.reconstruction import PROTOCOLS
+    from vavae_fast.evaluation import load_inception, require_count
     from vavae_fast.models import LPIPS
 
+    name, precision = args.protocol or "adm", args.precision or "fp32"
     size = args.image_size or (config.data.image_size if isinstance(config, LightningDiTConfig) else config.image_size)
-    images = build.images(args.images, size)
+    images = build.images(args.images, size, PROTOCOLS[name].crop)
     tokenizer = build.tokenizer(config, args.checkpoint)
+    require(size % tokenizer.downsample_ratio == 0, "--image-size", size, f"a multiple of {tokenizer.downsample_ratio}, the tokenizer's ratio")
     if "rfid" in metrics:
         require_count(len(images), ["fid"], str(args.images))
-    inception = _inception(args.inception) if "rfid" in metrics else None
+    inception = load_inception(args.inception) if "rfid" in metrics else None
     lpips = LPIPS.from_files(args.vgg, args.lpips) if "lpips" in metrics else None
     own = config.vae.ckpt_path if isinstance(config, LightningDiTConfig) else config.ckpt_path
-    facts = dict(protocol="adm: ADM crop, posterior mean, uint8 before scoring; LPIPS on [-1, 1]", images=str(args.images), count=len(images),
-                 image_size=size, tokenizer=str(args.checkpoint or own))  # fmt: skip
-    return ReconstructionPlan(metrics, tokenizer, images, inception, lpips, args.batch, args.json, facts)
+    facts = dict(name=name, protocol=PROTOCOLS[name].says, images=str(args.images), count=len(images), fingerprint=images.fingerprint(),
+                 image_size=size, tokenizer=str(args.checkpoint or own), tokenizer_sha256=build.weights_digest(tokenizer), seed=seed,
+                 precision=precision, batch=args.batch) | _identity(args, inception, lpips)  # fmt: skip
+    return ReconstructionPlan(metrics, tokenizer, images, inception, lpips, name, seed, precision, args.batch, args.picture, number, args.json, facts)
 
 
-def run(plan: "EvaluatePlan | ReconstructionPlan") -> dict[str, Any]:
-    """Score, print a table, write the JSON."""
+def _identity(args, inception: Any, lpips: Any) -> dict[str, Any]:
+    """Which weights judge."""
+    facts: dict[str, Any] = {}
+    if inception is not None:
+        facts["inception_sha256"] = inception.sha256
+        if not inception.recognised:
+            facts["warnings"] = ["Inception weights are not the known ones; values compare only with others of the same weights"]
+    if lpips is not None:
+        facts |= dict(vgg_sha256=artifacts.sha256(Path(args.vgg)), lpips_sha256=artifacts.sha256(Path(args.lpips)))
+    return facts
+
+
+def run(plan: "EvaluatePlan | ReconstructionPlan") -> dict[str, Any] | None:
+    """Score, print a table, write the JSON; of several processes the main one, and the others return None."""
     if isinstance(plan, EvaluatePlan):
         from vavae_fast.evaluation import evaluate_samples
 
         result = evaluate_samples(plan.samples, plan.reference, plan.metrics, plan.inception, plan.bootstrap)
     else:
-        result = reconstruction_scores(plan)
+        result = _reconstruct(plan)
+    if result is None:
+        return None
     _print_table(result)
     if plan.json:
         # JSON has no word for infinity, which is the PSNR of equal images.
@@ -185,52 +223,31 @@ def run(plan: "EvaluatePlan | ReconstructionPlan") -> dict[str, Any]:
     return result
 
 
-def reconstruction_scores(plan: ReconstructionPlan) -> dict[str, Any]:
-    """rFID, PSNR (dB), SSIM, LPIPS: means over the images, by the plan's protocol."""
-    import torch
+def _reconstruct(plan: ReconstructionPlan) -> dict[str, Any] | None:
+    """Values by name, and the protocol that made them."""
+    from vavae_fast.commands import build
+    from vavae_fast.commands.reconstruction import PROTOCOLS, Judges, Reconstructor, reconstruction_scores, write_picture
+    from vavae_fast.distributed import open_world
+    from vavae_fast.evaluation.evaluate import fid_name
 
-    from vavae_fast.evaluation import ReferenceStatistics, evaluate_samples, psnr, ssim
-    from vavae_fast.pixels import to_uint8, to_unit
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = plan.tokenizer.to(device)
-    sums: dict[str, float] = {}
-
-    @torch.inference_mode()
-    def reconstructions() -> Iterator[Any]:
-        for batch in plan.images.batches(plan.batch):
-            images = to_unit(batch.pixels.to(device))
-            decoded = tokenizer.decode(tokenizer.encode(images).mode())
-            pixels = to_uint8(decoded)
-            scores = {}
-            if "psnr" in plan.metrics:
-                scores["psnr"] = psnr(pixels, batch.pixels.to(device))
-            if "ssim" in plan.metrics:
-                scores["ssim"] = ssim(pixels, batch.pixels.to(device))
-            if "lpips" in plan.metrics:
-                scores["lpips"] = plan.lpips.to(device)(images, decoded)
-            for name, values in scores.items():
-                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-            yield pixels
-
-    result: dict[str, Any] = {}
-    if "rfid" in plan.metrics:
-        originals = ReferenceStatistics("originals", images=_Folder(plan.facts["images"], plan.images, plan.batch))
-        scored = evaluate_samples(reconstructions(), originals, ["fid"], plan.inception)
-        result["rfid"] = scored["fid"]
-        plan.facts["inception_sha256"] = scored["protocol"]["inception_sha256"]
-    else:
-        for _ in reconstructions():
-            pass
-    result |= {name: total / len(plan.images) for name, total in sums.items()}
-    return result | {"protocol": plan.facts}
+    with open_world() as world:
+        networks = [network if network is None else network.to(world.device) for network in (plan.tokenizer, plan.inception, plan.lpips)]
+        bf16 = build.bf16(plan.precision, world.device)
+        reconstructor = Reconstructor(networks[0], plan.images, PROTOCOLS[plan.protocol], plan.seed, bf16, world)
+        scores = reconstruction_scores(reconstructor, Judges(*networks[1:]), plan.metrics, plan.batch)
+        if scores is None:
+            return None
+        if plan.picture:
+            print(f"picture  {write_picture(plan.picture, reconstructor, plan.picture_num, plan.batch)}")
+        facts = plan.facts | dict(fid_name=f"r{fid_name(len(plan.images))}", processes=world.size, device=str(world.device))
+        return scores | {"protocol": facts}
 
 
 def _print_table(result: dict[str, Any]) -> None:
     protocol = result.get("protocol", {})
     for name, value in result.items():
         if name != "protocol":
-            label = protocol.get("fid_name", name.upper()) if name == "fid" else name
+            label = protocol.get("fid_name", name.upper()) if name in ("fid", "rfid") else name
             print(f"{label:<20} {value:.4f}")
     for warning in protocol.get("warnings", ()):
         print(f"note: {warning}")
