@@ -130,13 +130,56 @@ def test_single_images_are_those_of_the_archive(tiny, ten, out):
     assert len(names) == 10 and all(np.array_equal(np.asarray(Image.open(path)), image) for path, image in zip(names, images))
 
 
+def test_single_images_can_be_asked_for_later(tiny, ten, out, monkeypatch):
+    """Of parts that were drawn without them, and of a draw that is complete."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_assemble", lambda plan: None)
+        done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
+    drawn(tiny, out, "--png")
+    assert len(list((out / "png").iterdir())) == 10
+    (out / "png" / "000003.png").unlink()
+    images, _ = drawn(tiny, out, "--png")
+    assert np.array_equal(np.asarray(Image.open(out / "png" / "000003.png")), images[3]) and np.array_equal(images, images_of(ten)[0])
+
+
+def test_what_the_writing_thread_meets_ends_the_draw(tiny, out, monkeypatch, capsys):
+    def full(plan, first, images):
+        raise OSError(28, "No space left on device", str(plan.out))
+
+    monkeypatch.setattr(module, "_write_part", full)
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)]) != 0
+    assert "No space left on device" in capsys.readouterr().err and not (out / "manifest.json").exists()
+
+
+def test_autoguidance_by_a_lesser_model(tiny, ten, out, capsys):
+    """A run folder brings its own config. The model as its own guide is no guidance at all, whatever the scale."""
+    alone, _ = drawn(tiny, out / "alone", "sample.cfg_scale=1", "sample.cfg_channels=all")
+    itself, _ = drawn(tiny, out / "itself", f"sample.guide={tiny.dit_run}", "sample.cfg_scale=3", "sample.cfg_channels=all")
+    assert np.abs(itself.astype(int) - alone.astype(int)).max() <= 1
+    manifest = json.loads((out / "itself" / "manifest.json").read_text())
+    assert manifest["facts"]["guide"]["step"] == 4
+    capsys.readouterr()
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out / "x"), "sample.guide=nowhere"]) == 2
+    assert "sample.guide" in capsys.readouterr().err
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out / "x"), f"sample.guide={tiny.tokenizer_run}"]) == 2
+    assert "sample.guide takes other latents or classes" in capsys.readouterr().err
+
+
+def test_fp8_is_refused_before_anything_is_loaded_where_it_cannot_run(tiny, out, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine may have fp8")
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "sample.precision=fp8"]) == 2
+    assert "set sample.precision=bf16" in capsys.readouterr().err
+
+
 def test_guidance_off_below_1_is_no_guidance(tiny, out):
     assert np.array_equal(drawn(tiny, out / "a", "sample.cfg_scale=1")[0], drawn(tiny, out / "b", "sample.cfg_scale=0")[0])
 
 
 @pytest.mark.parametrize("more", [
     ("sample.sampling_method=heun",), ("sample.sampling_method=dopri5", "sample.timestep_shift=0"), ("sample.mode=SDE",),
-    ("sample.cfg_channels=all", "sample.cfg_interval_start=0.2", "sample.cfg_interval_end=0.8"), ("sample.precision=bf16",), ("train.fused=true",),
+    ("sample.cfg_channels=all", "sample.cfg_interval_start=0.2", "sample.cfg_interval_end=0.8"), ("sample.precision=bf16",),
+    ("sample.precision=tf32",), ("--fused",),
 ])  # fmt: skip
 def test_every_kind_of_sampling_runs(tiny, out, more):
     images, _ = drawn(tiny, out, "--num", "4", *more)

@@ -53,6 +53,41 @@ def test_resume_and_ranks_share_the_work():
     assert list(generate(indices=[])) == []
 
 
+@every_setting
+def test_whole_batches_show_the_model_one_size_and_give_the_same_images(settings):
+    sizes = set()
+
+    class Sized(ToyDiT):
+        def __call__(self, x, t, y):
+            sizes.add(len(x))
+            return super().__call__(x, t, y)
+
+    batches = generate_latents(Sized(), LABELS, SHAPE, settings, seed=3, null_label=10, batch_size=4, whole_batches=True)
+    found = {i: x for index, latents in batches for i, x in zip(index.tolist(), latents, strict=True)}
+    assert list(found) == list(range(7)) and sizes <= {4, 8}
+    for i, x in generate(settings).items():
+        torch.testing.assert_close(found[i], x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_nothing_waits_and_a_batch_is_decoded_beside_the_next():
+    labels, kernel = LABELS.cuda(), torch.randn(3, 5, 1, 1, device="cuda")
+    decode = lambda z: torch.tanh(torch.nn.functional.conv2d(z, kernel))
+    model = lambda x, t, y: torch.sin(x + t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1))
+
+    def draw():
+        return generate_latents(model, labels, SHAPE, ODE, seed=3, null_label=10, batch_size=3)
+
+    plain = {i: x for index, z in draw() for i, x in zip(index.tolist(), torch.clamp(127.5 * decode(z) + 128, 0, 255).to(torch.uint8).cpu())}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        latents = list(draw())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for index, images in generate_images(latents, decode, decode_batch=2):
+        assert not images.is_cuda and all(torch.equal(x, plain[i]) for i, x in zip(index.tolist(), images))
+
+
 def test_it_starts_from_the_counter_based_noise():
     seen = []
 
@@ -128,5 +163,7 @@ def test_images_are_decoded_and_truncated():
     ((index, images),) = generate_images(latents, lambda z: decoded.append(z) or torch.tanh(z[:, :3]), scale)
     torch.testing.assert_close(decoded[0], torch.full((2, 5, 4, 4), 0.1 * 2.0 / 0.5 + 0.25))
     assert index.tolist() == [4, 2] and images.shape == (2, 3, 4, 4) and images.dtype == torch.uint8
-    ((_, plain),) = generate_images(latents, lambda z: z[:, :3])
+    sizes = []
+    ((_, plain),) = generate_images(latents, lambda z: sizes.append(len(z)) or z[:, :3], decode_batch=1)
+    assert sizes == [1, 1]
     assert (plain == 140).all(), "127.5 * 0.1 + 128 = 140.75, truncated"

@@ -95,3 +95,24 @@ def test_bad_settings_are_refused():
     for options in (dict(channels=0), dict(channels="first"), dict(interval=(0.5, 0.4))):
         with pytest.raises(BadInput, match="cfg_"):
             guided(ToyDiT(), 2.0, Y, 10, **options)
+
+
+def test_autoguidance_steers_away_from_the_lesser_model():
+    """weak + scale (strong - weak) on the guided channels, both with the label; outside the interval the strong one alone."""
+    strong, seen = ToyDiT(), []
+
+    def weak(x, t, y):
+        seen.append((len(x), y))
+        return 0.5 * strong(x, t, y)
+
+    x, t = noise(), torch.tensor(0.5)
+    predict = guided(strong, 3.0, Y, strong.null_label, "all", (0.25, 1.0), guide=weak)
+    cond = strong(x, torch.full((len(x),), 0.5), Y)
+    torch.testing.assert_close(predict(x, t), 0.5 * cond + 3.0 * (cond - 0.5 * cond))
+    assert len(seen) == 1 and seen[0][0] == len(x) and torch.equal(seen[0][1], Y)
+    some = guided(strong, 3.0, Y, strong.null_label, 2, (0.25, 1.0), guide=weak)(x, t)
+    assert torch.equal(some[:, 2:], cond[:, 2:]) and torch.equal(some[:, :2], predict(x, t)[:, :2])
+    calls = len(seen)
+    assert torch.equal(predict(x, torch.tensor(0.1)), strong(x, torch.full((len(x),), 0.1), Y)) and len(seen) == calls
+    with pytest.raises(BadInput, match="the model returned shape"):
+        guided(strong, 3.0, Y, strong.null_label, guide=lambda x, t, y: x[:1])(x, t)

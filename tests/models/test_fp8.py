@@ -12,6 +12,9 @@ FORM = dict(input_size=4, patch_size=1, in_channels=4, hidden_size=64, depth=2, 
             use_rmsnorm=True, mlp_ratio=3.0)  # fmt: skip
 
 
+TRAINING = ("train.fp8", "train.fp8=false")
+
+
 def loss_and_gradients(model):
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(8, 4, 4, 4, generator=generator), torch.rand(8, generator=generator)
@@ -45,10 +48,10 @@ def test_blocks_multiply_in_fp8_and_nothing_else_changes(fused):
 def test_what_fp8_needs_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(fp8, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="train.fp8 needs torchao: pip install torchao"):
-        fp8.require_fp8(torch.device("cpu"))
+        fp8.require_fp8(torch.device("cpu"), *TRAINING)
     monkeypatch.setattr(fp8, "find_spec", lambda name: sys)
     with pytest.raises(BadInput, match="compute capability 8.9 or more, this is a CPU; set train.fp8=false"):
-        fp8.require_fp8(torch.device("cpu"))
+        fp8.require_fp8(torch.device("cpu"), *TRAINING)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(BadInput, match="this is 8.0"):
-        fp8.require_fp8(torch.device("cuda"))
+    with pytest.raises(BadInput, match="sample.precision=fp8 needs .* this is 8.0; set sample.precision=bf16"):
+        fp8.require_fp8(torch.device("cuda"), "sample.precision=fp8", "sample.precision=bf16")

@@ -1,7 +1,9 @@
 """Draw images from a trained LightningDiT: samples.npz, samples.png, manifest.json. Continues where it stopped."""
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ EXAMPLE = "vavae-fast sample --config configs/lightningdit_xl_64ep.yaml --preset
 CONFIG = LightningDiTConfig
 
 GRID_IMAGES = 100  # in samples.png, at most
+_WRITES_AHEAD = 2  # batches that wait to be written while the next are drawn
 
 
 def arguments(parser) -> None:
@@ -24,6 +27,7 @@ def arguments(parser) -> None:
     parser.add_argument("--labels", metavar="L,L,…", help="classes as numbers, repeated in this order; default: sample.labels")
     parser.add_argument("--seed", type=int, help="default: train.global_seed; image i depends on (seed, i) alone")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: <run folder>/samples-<settings>")
+    parser.add_argument("--fused", action="store_true", help="run the fused operators (= train.fused=true)")
     parser.add_argument("--png", action="store_true", help="also write every image as PNG")
 
 
@@ -38,6 +42,7 @@ class SamplePlan:
     labels: Any  # (num,) int64 array
     png: bool
     model: Any
+    guide: Any  # the lesser model of autoguidance, or None
     tokenizer: Any
     transport: Any
     stats: Any  # (mean, std), each (1, C, 1, 1)
@@ -53,6 +58,8 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     """Numbers first, then the checkpoint, then the tokenizer."""
     if args.preset:
         config = replace(config, sample=replace(config.sample, **SAMPLE_PRESETS[args.preset]))
+    if args.fused:
+        config = replace(config, train=replace(config.train, fused=True))
     num = config.sample.fid_num if args.num is None else args.num
     require(num > 0, "--num", num, "above 0")
     seed = config.train.global_seed if args.seed is None else args.seed
@@ -62,24 +69,51 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     artifacts.require_writable(out)
     artifacts.require_space(out, 2 * num * 3 * config.data.image_size**2)
     settings = sampler_settings(config.sample)
-    guidable = config.model.class_dropout_prob > 0 or config.sample.cfg_scale <= 1
+    guidable = config.model.class_dropout_prob > 0 or config.sample.cfg_scale <= 1 or config.sample.guide is not None
     require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
     given_path(args.checkpoint or config.ckpt_path, "--checkpoint" if args.checkpoint else "ckpt_path", "the LightningDiT weights")
 
     from vavae_fast.commands import build
 
+    if config.sample.precision == "fp8":
+        _require_fp8()
     transport = build.transport(config.transport, config.train.fused)
     model, identity = build.trained_lightningdit(config, args.checkpoint, args.weights)
+    guide, guide_identity = _guide(config, args.weights)
     tokenizer = build.tokenizer(config)
     stats = _latent_statistics(config)
     facts = dict(
         num=num, seed=seed, labels=args.labels or config.sample.labels, sampler=asdict(settings), precision=config.sample.precision,
-        preset=args.preset, checkpoint=identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
+        preset=args.preset, checkpoint=identity, guide=guide_identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
         latent_norm=config.data.latent_norm, latent_multiplier=config.data.latent_multiplier, transport=asdict(config.transport),
     )  # fmt: skip
-    plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, model, tokenizer, transport, stats, facts)
+    plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, model, guide, tokenizer, transport, stats, facts)
     _require_same_draw(plan)
     return plan
+
+
+def _require_fp8() -> None:
+    import torch
+
+    from vavae_fast.models.fp8 import require_fp8
+
+    require_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "sample.precision=fp8", "sample.precision=bf16")
+
+
+def _guide(config: LightningDiTConfig, which: str) -> tuple[Any, dict[str, Any] | None]:
+    """The lesser model of sample.guide and what identifies it. A run folder brings its own config; weights alone are of this config's model."""
+    from vavae_fast.commands import build
+    from vavae_fast.config import load_config
+
+    if config.sample.guide is None:
+        return None, None
+    path = given_path(config.sample.guide, "sample.guide", "run folder or weights of the lesser model")
+    own = next((folder / "config.yaml" for folder in (path, *path.parents[:2]) if (folder / "config.yaml").is_file()), None)
+    theirs = load_config(own) if path.is_dir() and own else config
+    takes = lambda c: (c.model.in_chans, c.latent_size, c.data.num_classes) if isinstance(c, LightningDiTConfig) else None
+    if takes(theirs) != takes(config):
+        raise BadInput(f"{path}: sample.guide takes other latents or classes than the model; give a LightningDiT trained on the same data")
+    return build.trained_lightningdit(replace(theirs, train=config.train), str(path), which)
 
 
 def _label_list(text: str, classes: int) -> list[int]:
@@ -153,6 +187,11 @@ def run(plan: SamplePlan) -> Path:
     from vavae_fast.distributed import open_world
 
     if (plan.out / "manifest.json").is_file():
+        if plan.png:
+            import numpy as np
+
+            with np.load(plan.out / "samples.npz", allow_pickle=False) as archive:
+                _write_pngs(plan, 0, archive["arr_0"])
         print(f"{plan.out.name}  {plan.out}: already complete")
         return plan.out
     with open_world() as world:
@@ -172,54 +211,91 @@ def _part(plan: SamplePlan, first: int) -> Path:
 
 
 def _draw(plan: SamplePlan, world) -> None:
-    """This process's batches: every world-th one that is not on disk yet."""
-    import time
-
-    import numpy as np
+    """This process's batches: every world-th one that is not on disk yet. One is written while the next is drawn."""
     import torch
 
-    from vavae_fast.commands import build
     from vavae_fast.flow.generate import LatentScale, generate_images, generate_latents
-    from vavae_fast.training.log import readable_time
+    from vavae_fast.models.inference import decoder, matmul_precision
 
-    config, size = plan.config, plan.config.sample.per_proc_batch_size
+    config, size, device = plan.config, plan.config.sample.per_proc_batch_size, world.device
     firsts = range(0, plan.num, size)[world.rank :: world.size]
     missing = [first for first in firsts if not _part(plan, first).is_file()]
+    if not missing:
+        return
     wanted = torch.tensor([i for first in missing for i in range(first, min(first + size, plan.num))], dtype=torch.int64)
-    model, tokenizer = plan.model.to(world.device), plan.tokenizer.to(world.device)
-    mean, std = (s.to(world.device) for s in plan.stats)
-    bf16 = build.bf16(config.sample.precision, world.device)
-
-    def predict(x, t, y):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return model(x, t, y).float()
-
-    def decode(z):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
-            return tokenizer.decode(z).float()
-
+    precision = _precision(config, device)
+    predict, guide = (_predictor(config, model, precision, device) for model in (plan.model, plan.guide))
+    mean, std = (s.to(device) for s in plan.stats)
     latents = generate_latents(
-        predict, torch.from_numpy(plan.labels).to(world.device), (config.model.in_chans, config.latent_size, config.latent_size),
-        sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes,
-        transport=plan.transport, batch_size=size, indices=wanted,
+        predict, torch.from_numpy(plan.labels).to(device), (config.model.in_chans, config.latent_size, config.latent_size),
+        sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes, transport=plan.transport, batch_size=size,
+        indices=wanted, guide=guide, whole_batches=device.type == "cuda",
     )  # fmt: skip
-    started, drawn, said = time.perf_counter(), 0, 0.0
-    for index, images in generate_images(latents, decode, LatentScale(mean, std, config.data.latent_multiplier)):
-        with artifacts.replacing(_part(plan, int(index[0]))) as temporary, open(temporary, "wb") as file:
-            np.save(file, images.permute(0, 2, 3, 1).cpu().numpy())
-        drawn += len(index)
+    images = generate_images(latents, decoder(plan.tokenizer, device, precision), LatentScale(mean, std, config.data.latent_multiplier))
+    with matmul_precision(precision):
+        _write(plan, images, len(wanted), say=world.main)
+
+
+def _precision(config: LightningDiTConfig, device) -> str:
+    from vavae_fast.commands import build
+
+    asked = config.sample.precision
+    return ("bf16" if build.bf16(asked, device) else "fp32") if asked == "auto" else asked
+
+
+def _predictor(config: LightningDiTConfig, model, precision: str, device):
+    from vavae_fast.commands import build
+    from vavae_fast.models.inference import predictor
+
+    if model is None:
+        return None
+    return predictor(model, device, precision, build.compiled_regions(config.sample.compile, device), config.sample.cuda_graphs)
+
+
+def _write(plan: SamplePlan, batches: Iterator[tuple[Any, Any]], count: int, say: bool) -> None:
+    """Batches of `count` images in all into parts, in a thread; the thread's errors are raised here."""
+    import time
+
+    from vavae_fast.training.log import readable_time
+
+    started, said, written = time.perf_counter(), 0.0, 0
+    pending: deque[Future[int]] = deque()
+
+    def finish() -> None:
+        nonlocal said, written
+        written += pending.popleft().result()
         now = time.perf_counter() - started
-        if world.main and (now - said > 10 or drawn == len(wanted)):
-            left = (len(wanted) - drawn) * now / drawn
-            print(f"{plan.out.name}  {drawn}/{len(wanted)}  {drawn / now:.1f} img/s  ETA {readable_time(left)}", flush=True)
+        if say and (now - said > 10 or written == count):
+            left = (count - written) * now / written
+            print(f"{plan.out.name}  {written}/{count}  {written / now:.1f} img/s  ETA {readable_time(left)}", flush=True)
             said = now
 
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        for index, images in batches:
+            pending.append(writer.submit(_write_part, plan, int(index[0]), images.permute(0, 2, 3, 1).numpy()))
+            while len(pending) > _WRITES_AHEAD:
+                finish()
+        while pending:
+            finish()
 
-def _batches(plan: SamplePlan) -> Iterator[Any]:
+
+def _write_part(plan: SamplePlan, first: int, images: Any) -> int:
+    """Images `first`, first + 1, … (n, H, W, 3) uint8; returns n. The PNGs go first: a part that is there has its PNGs."""
+    import numpy as np
+
+    if plan.png:
+        _write_pngs(plan, first, images)
+    with artifacts.replacing(_part(plan, first)) as temporary, open(temporary, "wb") as file:
+        np.save(file, images)
+    return len(images)
+
+
+def _batches(plan: SamplePlan) -> Iterator[tuple[int, Any]]:
+    """(index of the first, images) of each part."""
     import numpy as np
 
     for first in range(0, plan.num, plan.config.sample.per_proc_batch_size):
-        yield np.load(_part(plan, first), allow_pickle=False)
+        yield first, np.load(_part(plan, first), allow_pickle=False)
 
 
 def _assemble(plan: SamplePlan) -> None:
@@ -229,16 +305,16 @@ def _assemble(plan: SamplePlan) -> None:
     from vavae_fast.pixels import image_grid
 
     size = plan.config.data.image_size
-    write_samples(plan.out / "samples.npz", (plan.num, size, size, 3), _batches(plan), plan.labels)
-    first = []
-    for batch in _batches(plan):
-        first.extend(batch[: GRID_IMAGES - len(first)])
-        if len(first) == GRID_IMAGES:
+    write_samples(plan.out / "samples.npz", (plan.num, size, size, 3), (images for _, images in _batches(plan)), plan.labels)
+    shown = []
+    for first, images in _batches(plan):
+        shown.extend(images[: GRID_IMAGES - len(shown)])
+        if plan.png:  # of parts that were drawn before PNGs were asked for
+            _write_pngs(plan, first, images)
+        elif len(shown) == GRID_IMAGES:
             break
     with artifacts.replacing(plan.out / "samples.png") as temporary:
-        image_grid(np.stack(first)).save(temporary, format="PNG")
-    if plan.png:
-        _write_pngs(plan)
+        image_grid(np.stack(shown)).save(temporary, format="PNG")
     facts = artifacts.manifest("samples", facts=plan.facts, sha256=artifacts.sha256(plan.out / "samples.npz"))
     artifacts.write_json(plan.out / "manifest.json", facts)
     shutil.rmtree(plan.out / "parts")
@@ -260,12 +336,12 @@ def write_samples(path: Path, shape: tuple[int, ...], batches: Iterator[Any], la
             np.lib.format.write_array(member, labels, allow_pickle=False)
 
 
-def _write_pngs(plan: SamplePlan) -> None:
+def _write_pngs(plan: SamplePlan, first: int, images: Any) -> None:
+    """Those that are not there yet."""
     from PIL import Image
 
-    index = 0
-    for batch in _batches(plan):
-        for image in batch:
-            with artifacts.replacing(plan.out / "png" / f"{index:06d}.png") as temporary:
+    for index, image in enumerate(images, first):
+        path = plan.out / "png" / f"{index:06d}.png"
+        if not path.is_file():
+            with artifacts.replacing(path) as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-            index += 1

@@ -77,7 +77,7 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         narrow = config.train.residual_dtype == "bf16" and not build.bf16(config.train.precision, device)
         if config.train.fp8:
-            require_fp8(device)
+            require_fp8(device, "train.fp8", "train.fp8=false")
         require(not narrow, "train.residual_dtype", "bf16", "fp32 on a CPU, unless train.precision=bf16")
         artifacts.require_space(folder, 16 * sum(p.numel() for p in model.parameters()))
     if config.train.weight_init and not resumes:

@@ -4,6 +4,7 @@ Image i starts from rng.normal(seed, i) and takes its SDE increments from its ow
 batch, the process or the run it is drawn in; what is missing after an interruption is a list of indices.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from vavae_fast import rng
 from vavae_fast.errors import BadInput, is_integer, is_number, require
 from vavae_fast.flow.dopri5 import ERROR_NORMS
-from vavae_fast.flow.guidance import guided
+from vavae_fast.flow.guidance import Model, guided
 from vavae_fast.flow.paths import DIFFUSIONS, look_up
 from vavae_fast.flow.samplers import LAST_STEPS, ODE_METHODS, SDE_SAMPLERS, OdeSampler, Sampler, SdeSampler
 from vavae_fast.flow.transport import Transport, create_transport
@@ -83,7 +84,7 @@ class LatentScale:
 
 
 def generate_latents(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    model: Model,
     labels: Tensor,
     shape: Sequence[int],
     settings: SamplerSettings,
@@ -93,12 +94,16 @@ def generate_latents(
     transport: Transport | None = None,
     batch_size: int = 64,
     indices: Sequence[int] | Tensor | None = None,
+    guide: Model | None = None,
+    whole_batches: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (index (n,) int64 on the CPU, latents (n, *shape) float32), normalised as the model knows them.
 
     model(x (n, *shape), t (n,), y (n,)) -> its prediction; labels (N,) int64 on the device to sample on: image i is of class
     labels[i]. indices: which images, all N by default; range(k, N) continues, range(rank, N, world) shares the work.
-    null_label: the class of the unconditional half (the number of classes).
+    null_label: the class of the unconditional half (the number of classes). guide: the lesser model of autoguidance, instead of it.
+    whole_batches: the model always sees `batch_size` samples, the last one's repeated where fewer are left; for a model that was
+    compiled or captured at one size. On a GPU a batch is yielded before it is computed: nothing here waits for the device.
     """
     require(batch_size >= 1, "batch_size", batch_size, "1 or more")
     if labels.ndim != 1 or labels.is_floating_point():
@@ -106,20 +111,24 @@ def generate_latents(
     wanted = torch.arange(len(labels)) if indices is None else torch.as_tensor(indices, dtype=torch.int64).cpu()
     if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(labels):
         raise BadInput(f"indices: must be in [0, {len(labels)}), got {int(wanted.min())} to {int(wanted.max())}")
-    return _batches(model, labels, shape, settings, seed, null_label, transport or create_transport(), wanted.split(batch_size))
+    transport = transport or create_transport()
+
+    def sample(index: Tensor) -> Tensor:
+        missing = batch_size - len(index) if whole_batches else 0
+        drawn = torch.cat((index, index[-1:].expand(missing)))
+        return _sample(model, guide, labels, _to_device(drawn, labels.device), shape, settings, seed, null_label, transport)[: len(index)]
+
+    return ((index, sample(index)) for index in wanted.split(batch_size) if index.numel())
 
 
-def _batches(model, labels, shape, settings, seed, null_label, transport, batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The generator behind `generate_latents`, which checks its arguments when called, not when first iterated."""
-    for index in batches:
-        if index.numel():
-            yield index, _sample(model, labels, index.to(labels.device), shape, settings, seed, null_label, transport)
+def _to_device(index: Tensor, device: torch.device) -> Tensor:
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 @torch.inference_mode()
-def _sample(model, labels, index, shape, settings: SamplerSettings, seed: int, null_label: int, transport: Transport) -> Tensor:
+def _sample(model, guide, labels, index, shape, settings: SamplerSettings, seed: int, null_label: int, transport: Transport) -> Tensor:
     interval = (settings.cfg_interval_start, settings.cfg_interval_end)
-    predict = guided(model, settings.cfg_scale, labels[index], null_label, settings.cfg_channels, interval)
+    predict = guided(model, settings.cfg_scale, labels[index], null_label, settings.cfg_channels, interval, guide)
     x0 = rng.normal(seed, index, like=torch.empty(len(index), *shape, device=labels.device))
     return bind_sampler(transport, settings, seed, index).integrate(predict, x0)[-1]
 
@@ -149,14 +158,46 @@ def bind_sampler(transport: Transport, settings: SamplerSettings, seed: int, ind
 
 
 def generate_images(
-    latents: IndexedBatches, decode: Callable[[Tensor], Tensor], scale: LatentScale | None = None
+    latents: IndexedBatches, decode: Callable[[Tensor], Tensor], scale: LatentScale | None = None, decode_batch: int = 32
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """latents: what `generate_latents` yields -> yields (index (n,), images (n, 3, H, W) uint8), on the latents' device.
+    """latents: what `generate_latents` yields -> yields (index (n,), images (n, 3, H, W) uint8), on the CPU.
 
-    decode(z (n, C, h, w) denormalised) -> (n, 3, H, W) in [-1, 1]: a tokenizer's decoder.
+    decode(z (n, C, h, w) denormalised) -> (n, 3, H, W) in [-1, 1]: a tokenizer's decoder, given `decode_batch` latents at a time.
+    On a GPU it runs on a stream of its own, and a batch is yielded once the next one's latents are under way.
     """
     scale = scale or LatentScale()
+
+    @torch.inference_mode()
+    def pixels(x: Tensor) -> Tensor:
+        return torch.cat([to_uint8(decode(scale.denormalise(part))) for part in x.split(decode_batch)])
+
+    pending: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+    beside = None
     for index, x in latents:
-        with torch.inference_mode():
-            images = to_uint8(decode(scale.denormalise(x)))
-        yield index, images
+        if not x.is_cuda:
+            yield index, pixels(x)
+            continue
+        beside = beside or torch.cuda.Stream(x.device)
+        pending.append((index, _decoded_beside(pixels, x, beside)))
+        if len(pending) > 1:
+            index, images = pending.popleft()
+            yield index, images()
+    for index, images in pending:
+        yield index, images()
+
+
+def _decoded_beside(pixels: Callable[[Tensor], Tensor], x: Tensor, stream: torch.cuda.Stream) -> Callable[[], Tensor]:
+    """Decode x and copy the pixels to the host on `stream`; the result waits for them."""
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        images = pixels(x)
+        host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+        host.copy_(images, non_blocking=True)
+        copied = stream.record_event()
+    x.record_stream(stream)  # its memory is another stream's
+
+    def images_on_host() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return images_on_host

@@ -16,13 +16,13 @@ CAPABILITY = (8, 9)  # the first GPUs with fp8 products
 _MULTIPLE = 16  # of both sides of a weight
 
 
-def require_fp8(device: torch.device) -> None:
-    """`BadInput` unless torchao is installed and `device` multiplies in fp8."""
+def require_fp8(device: torch.device, key: str, off: str) -> None:
+    """`BadInput`, naming the config's `key` and how it is turned `off`, unless torchao is installed and `device` multiplies in fp8."""
     if find_spec("torchao") is None:
-        raise BadInput("train.fp8 needs torchao: pip install torchao, or set train.fp8=false")
+        raise BadInput(f"{key} needs torchao: pip install torchao, or set {off}")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         found = "a CPU" if device.type != "cuda" else "{}.{}".format(*torch.cuda.get_device_capability(device))
-        raise BadInput(f"train.fp8 needs a GPU of compute capability 8.9 or more, this is {found}; set train.fp8=false")
+        raise BadInput(f"{key} needs a GPU of compute capability 8.9 or more, this is {found}; set {off}")
 
 
 def convert_to_fp8(model: LightningDiT, emulate: bool = False) -> int:
