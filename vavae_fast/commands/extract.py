@@ -9,7 +9,7 @@ from vavae_fast import artifacts
 from vavae_fast.config import LightningDiTConfig, given_path
 from vavae_fast.errors import BadInput, require
 
-EXAMPLE = "vavae-fast extract --config configs/tokenizer_f16d32_stage3.yaml --checkpoint vavae.pt --images imagenet/train --out latents/train"
+EXAMPLE = "vavae-fast extract --config configs/tokenizer_f16d32.yaml --checkpoint vavae.pt --images imagenet/train --out latents/train"
 CONFIG = None  # either kind
 
 
