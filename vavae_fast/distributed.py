@@ -64,6 +64,14 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any] | None:
+        """Every process's `value`, by rank, on the main process; None on the others. All must call."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.main else None
+        dist.gather_object(value, values, dst=0, group=self.hosts)
+        return values
+
     def steps_begin(self) -> None:
         """From here on a process that keeps the others waiting is a fault after STEP_TIMEOUT instead of START_TIMEOUT."""
         if self.size > 1:

@@ -47,14 +47,14 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; a second holder is `BadInput`. The lock dies with its holder."""
+def locked(folder: Path, cure: str = "choose another train.exp_name") -> Iterator[None]:
+    """Hold `folder` for this process; a second holder is `BadInput`, with another `cure` than to wait. The lock dies with its holder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
     with open(path, "a+", encoding="utf-8") as file:
         if not _lock(file) or not _still_at(path, file):
             file.seek(0)
-            raise BadInput(f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it, or choose another train.exp_name")
+            raise BadInput(f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it, or {cure}")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -1,5 +1,8 @@
 """Latent shards on disk: safetensors files with `latents`, `latents_flip` (N, C, H, W) and `labels` (N,).
 
+Where `latents` are means of posteriors, `latents_std` and `latents_flip_std` may lie beside them; readers that do not know
+them, the reference's among them, read the means.
+
 The header is read and written by hand: reading 8 bytes and a little JSON opens ImageNet's shards in milliseconds, and our
 own data begin on a 4 KiB border (padding with spaces is part of the format). Payloads are never touched here, except
 labels. Ours carry, in `__metadata__`, what made them and the exact sums that the statistics are made of.
@@ -9,7 +12,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +25,7 @@ from torch import Tensor
 from vavae_fast.errors import BadInput
 
 KEYS = ("latents", "latents_flip", "labels")
+STD_KEYS = ("latents_std", "latents_flip_std")
 STATISTICS = "latents_stats.pt"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -44,35 +49,44 @@ class Shard:
     label_dtype: np.dtype
     identity: tuple[int, int]  # size, mtime in ns
     ours: dict[str, Any] | None
+    std_offsets: tuple[int, int] | None = None  # of latents_std and latents_flip_std, where the shard has them
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_shard(path: Path, file: BinaryIO) -> Shard:
-    """Header and size of an open file, checked; `BadInput` names the file and what is wrong with it."""
+def read_shard(path: Path, file: BinaryIO, std: bool = False) -> Shard:
+    """Header and size of an open file, checked; `BadInput` names the file and what is wrong with it.
+
+    std: whether the caller knows what to do with standard deviations; a shard that has them is refused otherwise.
+    """
     status = os.fstat(file.fileno())
     header, start = _header(path, file, status.st_size)
     metadata = header.pop("__metadata__", {})
-    if sorted(header) != sorted(KEYS):
+    has_std = sorted(header) == sorted(KEYS + STD_KEYS)
+    if not has_std and sorted(header) != sorted(KEYS):
         raise BadInput(f"{path}: holds {', '.join(sorted(header)) or 'nothing'}; expected {', '.join(KEYS)}: not a latent shard")
-    spans = {key: _span(path, key, header[key]) for key in KEYS}
+    if has_std and not std:
+        raise BadInput(f"{path}: holds means and standard deviations; give latents extracted with --posterior sample or mean")
+    spans = {key: _span(path, key, header[key]) for key in header}
     _check_spans(path, spans.values(), status.st_size - start)
-    (name, shape), (flip_name, flip_shape), (label_name, label_shape) = ((header[k]["dtype"], tuple(header[k]["shape"])) for k in KEYS)
-    if name not in DTYPES or flip_name != name:
-        raise BadInput(f"{path}: latents are {name}, latents_flip {flip_name}; expected both F32, both F16 or both BF16; extract again")
-    if len(shape) != 4 or flip_shape != shape:
-        raise BadInput(f"{path}: latents {shape}, latents_flip {flip_shape}; expected twice the same (N, C, H, W); extract again")
+    (name, shape), (label_name, label_shape) = ((header[key]["dtype"], tuple(header[key]["shape"])) for key in ("latents", "labels"))
+    for key in KEYS[1:2] + (STD_KEYS if has_std else ()):
+        other_name, other_shape = header[key]["dtype"], tuple(header[key]["shape"])
+        if name not in DTYPES or other_name != name:
+            raise BadInput(f"{path}: latents are {name}, {key} {other_name}; expected both F32, both F16 or both BF16; extract again")
+        if len(shape) != 4 or other_shape != shape:
+            raise BadInput(f"{path}: latents {shape}, {key} {other_shape}; expected twice the same (N, C, H, W); extract again")
     if label_name not in _LABELS or label_shape != shape[:1]:
         raise BadInput(f"{path}: labels {label_shape} {label_name} beside {shape[0]} latents; expected ({shape[0]},) I64; extract again")
     if 0 in shape:
         raise BadInput(f"{path}: latents of shape {shape} are empty; remove the shard, or extract again")
-    identity = (status.st_size, status.st_mtime_ns)
-    offsets = (start + spans["latents"][0], start + spans["latents_flip"][0])
+    begins = {key: start + span[0] for key, span in spans.items()}
     return Shard(
-        path, shape[0], shape[1:], DTYPES[name], offsets, start + spans["labels"][0], _LABELS[label_name], identity, _ours(path, metadata)
-    )
+        path, shape[0], shape[1:], DTYPES[name], (begins["latents"], begins["latents_flip"]), begins["labels"], _LABELS[label_name],
+        (status.st_size, status.st_mtime_ns), _ours(path, metadata), (begins[STD_KEYS[0]], begins[STD_KEYS[1]]) if has_std else None,
+    )  # fmt: skip
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
@@ -149,20 +163,57 @@ def read_labels(shard: Shard, file: BinaryIO) -> np.ndarray:
     return labels
 
 
-def write_shard(path: Path, latents: Tensor, latents_flip: Tensor, labels: Tensor, ours: dict[str, Any]) -> None:
-    """One shard in the reference's layout, at `path` itself: the caller gives a temporary name."""
-    tensors = dict(zip(KEYS, (latents, latents_flip, labels)))
-    header = {"__metadata__": {"total_size": str(len(labels)), "dtype": str(latents.dtype), OURS: json.dumps(ours, sort_keys=True)}}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[key] = {"dtype": NAMES.get(tensor.dtype, "I64"), "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
+class ShardWriter:
+    """One shard in the reference's layout, written block by block to `path` itself: the caller gives a temporary name.
+
+    The header comes last, into the room kept for it, because it holds the sums over all rows. ours: further JSON for the header.
+    """
+
+    def __init__(self, path: Path, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, std: bool, ours: dict[str, Any]):
+        self.path, self.rows, self.done, self.moments = path, rows, 0, Moments.none(shape[0])
+        self._ours = ours
+        row = {key: (NAMES[dtype], shape, dtype.itemsize * math.prod(shape)) for key in KEYS[:2] + (STD_KEYS if std else ())}
+        row["labels"] = ("I64", (), 8)
+        self._header, self._offsets, self._row_bytes, end = {"__metadata__": {"total_size": str(rows), "dtype": str(dtype)}}, {}, {}, 0
+        for key, (name, tail, row_bytes) in row.items():
+            begin, end = end, end + rows * row_bytes
+            self._header[key] = {"dtype": name, "shape": [rows, *tail], "data_offsets": [begin, end]}
+            self._offsets[key], self._row_bytes[key] = begin, row_bytes
+        self._start = 8 + len(self._text(Moments.longest(shape[0])))
+        self._start += -self._start % _PAGE
+        self._file = open(path, "wb", buffering=0)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, block: Mapping[str, Tensor]) -> None:
+        """The next rows of every tensor, contiguous, on the CPU, in their dtype. The sums are merged once a block."""
+        self.moments = self.moments + Moments.of(block["latents"], block.get("latents_std"))
+        for key, offset in self._offsets.items():
+            data = memoryview(block[key].view(torch.uint8).numpy()).cast("B")
+            self._write(data, self._start + offset + self.done * self._row_bytes[key])
+        self.done += len(block["labels"])
+        os.fsync(self._file.fileno())  # a little at a time: all at the end, the disk would be busy for seconds
+
+    def finish(self) -> None:
+        """The header, once all rows are there."""
+        text = self._text(self.moments)
+        self._write(memoryview(struct.pack("<Q", self._start - 8) + text.ljust(self._start - 8)), 0)
+
+    def _text(self, moments: "Moments") -> bytes:
+        metadata = self._header["__metadata__"] | {OURS: json.dumps(self._ours | {"moments": moments.to_json()}, sort_keys=True)}
+        return json.dumps(self._header | {"__metadata__": metadata}).encode()
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        try:
+            while data:
+                written = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None  # the system does not say which file
 
 
 @dataclass(frozen=True)
@@ -175,34 +226,41 @@ class Moments:
     count: int  # values a channel: rows * H * W
     mean: Tensor  # (C,)
     squares: Tensor  # (C,)
+    noise: Tensor  # (C,) sum of the posteriors' variances, of values that are means to which noise will be added; else 0
 
     @staticmethod
-    def of(latents: Tensor) -> "Moments":
-        """latents (N, C, H, W)."""
+    def of(latents: Tensor, std: Tensor | None = None) -> "Moments":
+        """latents (N, C, H, W), and the standard deviation of the noise to be added to each, of the same shape."""
         values = latents.to(torch.float64).transpose(0, 1).flatten(1)
         mean = values.mean(dim=1)
-        return Moments(values.shape[1], mean, (values - mean[:, None]).square_().sum(dim=1))
+        noise = torch.zeros_like(mean) if std is None else std.to(torch.float64).square_().sum(dim=(0, 2, 3))
+        return Moments(values.shape[1], mean, (values - mean[:, None]).square_().sum(dim=1), noise)
 
     @staticmethod
     def none(channels: int) -> "Moments":
-        return Moments(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+        return Moments(0, *torch.zeros(3, channels, dtype=torch.float64))
+
+    @staticmethod
+    def longest(channels: int) -> "Moments":
+        """Those whose JSON is as long as any."""
+        return Moments(sys.maxsize, *torch.full((3, channels), -sys.float_info.max, dtype=torch.float64))
 
     def __add__(self, other: "Moments") -> "Moments":
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
-        return Moments(count, mean, self.squares + other.squares + delta.square() * (self.count * other.count / count))
+        squares = self.squares + other.squares + delta.square() * (self.count * other.count / count)
+        return Moments(count, mean, squares, self.noise + other.noise)
 
     def statistics(self) -> dict[str, Tensor]:
-        """{"mean", "std"}, each (1, C, 1, 1) float32; std is unbiased, as in the reference."""
-        std = (self.squares / max(self.count - 1, 1)).sqrt()
+        """{"mean", "std"}, each (1, C, 1, 1) float32; std is unbiased, as in the reference. Noise is counted by its expectation."""
+        std = (self.squares / max(self.count - 1, 1) + self.noise / self.count).sqrt()
         return {"mean": self.mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
 
     def to_json(self) -> dict[str, Any]:
         """JSON keeps every bit: Python writes the shortest decimal that reads back as the same double."""
-        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist(), "noise": self.noise.tolist()}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Moments":
-        mean, squares = (torch.tensor(value[key], dtype=torch.float64) for key in ("mean", "squares"))
-        return Moments(int(value["count"]), mean, squares)
+        return Moments(int(value["count"]), *(torch.tensor(value[key], dtype=torch.float64) for key in ("mean", "squares", "noise")))
