@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "latent shards -> LightningDiT (also: torchrun train.py)",
     "sample": "LightningDiT -> images",
     "evaluate": "images -> FID, IS, precision, recall; or rFID, PSNR, SSIM, LPIPS of a tokenizer",
+    "sweep": "sampler settings in every combination -> scores, the best",
     "export": "a run's checkpoint -> one .safetensors or .pt file",
     "report": "a run folder -> one HTML page",
     "compare": "several runs -> their curves on one HTML page",
