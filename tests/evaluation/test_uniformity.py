@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vavae_fast.evaluation import uniformity
+from vavae_fast.evaluation import neighbour_distance_cv, uniformity
 from vavae_fast.evaluation.uniformity import density_at_points, density_statistics
 
 
@@ -100,3 +100,32 @@ def test_a_missing_package_names_the_extra(monkeypatch, package, name):
 def test_wrong_input_is_one_clear_line(latents, seed, repeats, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         uniformity(latents, seed, repeats)
+
+
+def test_neighbour_distances_of_a_lattice_are_all_one():
+    """On a ring of points every k-th neighbour is equally far; its scale does not matter."""
+    angle = 2 * np.pi * np.arange(64) / 64
+    ring = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    assert neighbour_distance_cv(ring) == pytest.approx(0, abs=1e-7) and neighbour_distance_cv(9 * ring, 3) == pytest.approx(0, abs=1e-7)
+
+
+def test_neighbour_distances_against_all_pairs():
+    x = np.random.default_rng(3).standard_normal((90, 4)) * np.linspace(0.1, 3, 90)[:, None]
+    distance = np.sort(np.sqrt(((x[:, None] - x) ** 2).sum(-1)), axis=1)[:, 10]
+    assert neighbour_distance_cv(torch.from_numpy(x)) == pytest.approx(distance.std() / distance.mean(), rel=1e-12)
+
+
+def test_clusters_are_less_even_than_a_cloud():
+    generator = np.random.default_rng(4)
+    cloud = generator.standard_normal((400, 8))
+    clusters = np.concatenate([cloud[:200], 0.05 * cloud[200:]])
+    assert neighbour_distance_cv(clusters) > 2 * neighbour_distance_cv(cloud)
+
+
+@pytest.mark.parametrize("latents, k, message", [
+    (np.zeros((10, 3)), 10, "latents: .* needs more than 10 rows, got 10"), (np.zeros((20, 3)), 0, "k: must be an integer"),
+    (np.zeros((20, 3)), 10, "latents: every one has 10 copies"), (np.full((20, 3), np.inf), 10, "latents: .* infinite"),
+])  # fmt: skip
+def test_wrong_input_of_neighbour_distances(latents, k, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        neighbour_distance_cv(latents, k)

@@ -14,7 +14,7 @@ from vavae_fast.evaluation.precision_recall import precision_recall
 from vavae_fast.evaluation.reconstruction import psnr, ssim
 from vavae_fast.evaluation.reference import NpzImages, ReferenceStatistics, load_reference, save_reference
 from vavae_fast.evaluation.similarity import similarity_map
-from vavae_fast.evaluation.uniformity import uniformity
+from vavae_fast.evaluation.uniformity import neighbour_distance_cv, uniformity
 
 __all__ = [
     "METRICS",
@@ -32,6 +32,7 @@ __all__ = [
     "load_inception",
     "load_reference",
     "nearest_distances",
+    "neighbour_distance_cv",
     "pixel_frechet",
     "precision_recall",
     "psnr",
