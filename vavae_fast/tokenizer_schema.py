@@ -87,7 +87,7 @@ class TokenizerParams:
 
     monitor: str | None = None
     embed_dim: int = 32
-    use_vf: str | None = None  # the foundation model; null: no alignment
+    use_vf: str | None = None  # the foundation model, by a name of models/foundation_models.py or timm:<name>; null: no alignment
     reverse_proj: bool = False  # true: project z to the features; false: the features to z
     proj_fix: bool = False  # do not train the projection
     ckpt_path: str | None = None
@@ -98,6 +98,9 @@ class TokenizerParams:
 
     def __post_init__(self):
         require(self.embed_dim > 0, "embed_dim", self.embed_dim, "above 0")
+        if ":" in (self.use_vf or "") and not self.use_vf.startswith("timm:"):
+            found = f"{self.use_vf!r} is an import path, and a config, which may come with somebody's weights, runs no code"
+            raise BadInput(f"model.params.use_vf: {found}; name it on the command line: --foundation {self.use_vf}")
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,14 @@ class FoundationConfig:
     """`foundation:`, ours: the frozen model behind `use_vf`."""
 
     weights: str | None = None  # a local file, or "hub" to let timm fetch it
-    input_range: Literal["legacy", "imagenet"] = "legacy"  # legacy: [-1, 1], as the released VA-VAE was trained
+    # legacy: images in [-1, 1], as the released VA-VAE was trained; trained: normalised as the model was trained;
+    # auto: legacy for DINOv2 and MAE, the two that the reference knows, trained for all others
+    input_range: Literal["auto", "legacy", "trained"] = "auto"
+    pixels_per_patch: int = 16  # of the image behind one patch of the model; fewer: finer features, more tokens
     standin: str | None = None  # a small trained stand-in (demos), with use_vf: standin
 
+    def __post_init__(self):
+        require(self.pixels_per_patch > 0, "pixels_per_patch", self.pixels_per_patch, "above 0")
 
 
 @dataclass(frozen=True)
@@ -245,8 +253,8 @@ class TokenizerConfig:
         require(0 <= self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "in [0, 1]")
         if self.image_size % 2 ** (len(params.ddconfig.ch_mult) - 1):
             raise BadInput(f"data.image_size {self.image_size} is not a multiple of the downsampling factor {self.downsample_ratio}")
-        given = {self.weight_init, self.init_weight, params.ckpt_path} - {None}
         self._check_stages()
+        given = {self.weight_init, self.init_weight, params.ckpt_path} - {None}
         if len(given) > 1:
             raise BadInput(f"weight_init, init_weight and model.params.ckpt_path name different files ({', '.join(sorted(given))}); keep one")
         if params.ignore_keys:

@@ -17,10 +17,12 @@ from vavae_fast.flow.transport import Transport
 from vavae_fast.losses import LossWeights
 from vavae_fast.models.autoencoder import AutoencoderKL
 from vavae_fast.models.discriminator import PatchDiscriminator
-from vavae_fast.models.foundation import create_foundation_model
+from vavae_fast.models.foundation import FoundationModel, create_foundation_model
+from vavae_fast.models.foundation_models import USER_MODEL
 from vavae_fast.models.lightningdit import LightningDiT, create_lightningdit
 from vavae_fast.models.perceptual import LPIPS
 from vavae_fast.models.standins import load_standin
+from vavae_fast.models.user_model import load_user_model
 from vavae_fast.models.weights import autoencoder_state, load_autoencoder, load_strict, read_state_dict
 from vavae_fast.schema import TransportConfig
 from vavae_fast.training.checkpoint import group_digest, latest_checkpoint, load_checkpoint
@@ -198,18 +200,23 @@ def perceptual(config: TokenizerConfig) -> nn.Module | None:
     return LPIPS.from_files(config.perceptual.vgg_weights, config.perceptual.linear_weights)
 
 
-def foundation(config: TokenizerConfig) -> nn.Module | None:
-    """The frozen model behind `use_vf`, its features on the grid of the latents; None without alignment."""
-    name = config.model.params.use_vf
+def foundation(config: TokenizerConfig, import_path: str | None = None) -> FoundationModel | None:
+    """The frozen model behind `use_vf`, its features on the grid of the latents; None without alignment.
+
+    import_path: `--foundation`'s, whose model stands behind use_vf `module`.
+    """
+    name, c = config.model.params.use_vf, config.foundation
     if name is None:
         return None
+    grid = (config.image_size // config.downsample_ratio,) * 2
     if name == "standin":
-        return load_standin(Path(config.foundation.standin)).requires_grad_(False).eval()
-    size = config.image_size // config.downsample_ratio
-    return create_foundation_model(name, config.foundation.weights, input_range=config.foundation.input_range, grid=(size, size))
+        return FoundationModel(load_standin(Path(c.standin)), grid, name)
+    if name == USER_MODEL:
+        return FoundationModel(load_user_model(import_path, config.image_size), grid, import_path)
+    return create_foundation_model(name, c.weights, input_range=c.input_range, grid=grid, pixels_per_patch=c.pixels_per_patch)
 
 
-def projection(config: TokenizerConfig, foundation: nn.Module | None) -> nn.Conv2d | None:
+def projection(config: TokenizerConfig, foundation: FoundationModel | None) -> nn.Conv2d | None:
     """The 1x1 convolution `linear_proj`: z to the features without bias, or the features to z with one."""
     if foundation is None:
         return None

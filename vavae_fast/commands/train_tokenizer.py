@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
+from vavae_fast.commands.foundation_choice import check_same_module, foundation_argument, with_foundation
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
 from vavae_fast.commands.tokenizer_stages import PlannedStage, plan_stages, run_length
 from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
+from vavae_fast.models.foundation_models import USER_MODEL
 from vavae_fast.training.boards import require_boards
 
-EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32_stage1.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
+EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32.yaml data.path=imagenet/train foundation.weights=dinov2_l.safetensors"
 CONFIG = TokenizerConfig
 
 
 def arguments(parser) -> None:
+    foundation_argument(parser)
     resume_arguments(parser)
 
 
@@ -63,11 +66,13 @@ class TokenizerPlan:
 
 def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     """Check everything. What needs no torch comes first."""
+    config = with_foundation(config, args.foundation)
     require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")
     require(config.train.shard == "none", "train.shard", config.train.shard, "none: a tokenizer's weights are not sharded")
     processes = args.world_size or world_size()
     micro, accumulated = accumulation(config.global_batch_size, config.train.micro_batch_size or config.data.params.batch_size, processes)
     folder = run_folder(config, args.config)
+    check_same_module(folder, args.foundation, args.override)
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.image_path or "path/to" in config.image_path)
     path = None if placeholder or _builtin(config.image_path) else given_path(config.image_path, "data.path", "the folder of training images")
@@ -87,7 +92,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     watch = plan_watch(config, images)
     stages = plan_stages(config, images)
     run_length(config, stages)
-    foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run)
+    foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run, args.foundation)
     return TokenizerPlan(config, folder, micro, accumulated, processes, stages, resumes, images, foundation, perceptual, watch)
 
 
@@ -103,18 +108,19 @@ def _frozen_weights_given(config: TokenizerConfig) -> None:
         given_path(config.perceptual.linear_weights, "perceptual.linear_weights", "LPIPS v0.1's linear weights for VGG (vgg.pth)")
     if vf == "standin":
         given_path(config.foundation.standin, "foundation.standin", "the stand-in's file")
-    elif vf is not None and config.foundation.weights != "hub":
+    elif vf not in (None, USER_MODEL) and config.foundation.weights != "hub":
         given_path(config.foundation.weights, "foundation.weights", f"the weights of {vf}, or hub to let timm download them")
 
 
-def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_run: bool) -> tuple[Any, Any]:
-    """The frozen networks, loaded unless this is a dry run; and whether those to be trained can be built and started."""
+def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_run: bool, import_path: str | None) -> tuple[Any, Any]:
+    """The frozen networks, loaded unless this is a dry run (a model of --foundation is); and whether those to be trained can be built and started."""
     import torch
 
     from vavae_fast.commands import build
 
     build.loss_weights(config)
-    foundation, perceptual = (None, None) if dry_run else (build.foundation(config), build.perceptual(config))
+    foundation = build.foundation(config, import_path) if import_path or not dry_run else None
+    perceptual = None if dry_run else build.perceptual(config)
     with torch.device("meta"):
         networks = build.autoencoder(config), build.projection(config, foundation), build.discriminator(config)
     if config.image_size < networks[2].smallest_image:
@@ -166,7 +172,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
     facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), images=str(config.image_path),
-                 image_size=config.image_size, foundation=config.model.params.use_vf, processes=world.size)  # fmt: skip
+                 image_size=config.image_size, foundation=plan.foundation and plan.foundation.name, processes=world.size)  # fmt: skip
     if world.main:
         start_run(plan.folder, config, facts | dict(device=str(world.device)))
     parameters = sum(p.numel() for p in state.autoencoder.parameters())
@@ -197,6 +203,9 @@ def _state(plan: TokenizerPlan, world, log):
     projection = build.projection(config, foundation)
     if config.start_weights and not plan.resumes:
         log.say(build.start_tokenizer(Path(config.start_weights), autoencoder, projection, discriminator))
+    bf16 = build.bf16(_precision(config), world.device)
+    if foundation is not None and bf16 and world.device.type == "cuda":
+        foundation.round_weights(torch.bfloat16)
     for network in (autoencoder, projection, discriminator, foundation, perceptual):
         if network is not None:
             network.to(world.device)
@@ -206,7 +215,7 @@ def _state(plan: TokenizerPlan, world, log):
         autoencoder=autoencoder.train(), projection=projection, discriminator=discriminator.train(), foundation=foundation,
         perceptual=perceptual, optimizer=torch.optim.Adam(trained, **adam), optimizer_disc=torch.optim.Adam(discriminator.parameters(), **adam),
         stages=tuple(map(_stage, plan.stages)), guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, watches="nll"),
-        world=world, seed=config.train.global_seed, bf16=build.bf16(_precision(config), world.device), reverse_proj=config.model.params.reverse_proj,
+        world=world, seed=config.train.global_seed, bf16=bf16, reverse_proj=config.model.params.reverse_proj,
         gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
 

@@ -45,16 +45,16 @@ _TELLING = {
 }
 
 
-def read_state_dict(path: str | Path, prefer: str = "model") -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, prefer: str | tuple[str, ...] = "model") -> dict[str, Tensor]:
     """Tensors by name from a `.safetensors` file or a PyTorch one (`.pt`, `.pth`, `.ckpt`, `.bin`), on the CPU.
 
-    A checkpoint that keeps its state dict under "state_dict", "model" or "ema" is unwrapped, `prefer` first. Prefixes
+    A checkpoint that keeps its state dict under "state_dict", "model" or "ema" is unwrapped, `prefer` (or each of them) first. Prefixes
     of DDP and torch.compile are stripped. Only tensors and plain values are ever unpickled; `BadInput` otherwise.
     """
     path = Path(path)
     _require_checkpoint(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _without_wrappers(_state_dict_in(content, prefer, path), path)
+    return _without_wrappers(_state_dict_in(content, (prefer,) if isinstance(prefer, str) else prefer, path), path)
 
 
 def _require_checkpoint(path: Path) -> None:
@@ -117,6 +117,9 @@ def _require_torch_zip(members: list[zipfile.ZipInfo], path: Path) -> None:
     """A PyTorch file is a zip of uncompressed members; a compressed one may unfold to any size."""
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise BadInput(f"{path}: a zip archive, not a PyTorch file; unpack it and name the weights inside")
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        cure = "where you trust it, save its tensors alone: safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), ...)"
+        raise BadInput(f"{path}: refused, a TorchScript archive (CLIP's releases are), which is code; {cure}")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise BadInput(f"{path}: refused, a compressed zip (PyTorch never writes one); save it again with torch.save")
 
@@ -136,12 +139,12 @@ def _refused_name(error: pickle.UnpicklingError) -> str | None:
     return None
 
 
-def _state_dict_in(content: Any, prefer: str, path: Path) -> dict[str, Tensor]:
+def _state_dict_in(content: Any, prefer: tuple[str, ...], path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise BadInput(f"{path}: holds a {type(content).__name__}, expected a state dict (tensors by name)")
     found, where = content, ""
     if not any(isinstance(value, Tensor) for value in content.values()):
-        candidates = [key for key in (prefer, *_CONTAINERS) if isinstance(content.get(key), Mapping)]
+        candidates = [key for key in (*prefer, *_CONTAINERS) if isinstance(content.get(key), Mapping)]
         if not candidates:
             keys = ", ".join(map(str, list(content)[:5])) or "nothing"
             raise BadInput(f"{path}: no state dict inside (found: {keys}); expected tensors, or one of {', '.join(_CONTAINERS)}")
