@@ -1,6 +1,7 @@
 """The VA-VAE step against its plain formulation: two losses of the same reconstructions, two Adams, the GAN at its iteration."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,3 +245,112 @@ def test_a_step_never_waits_for_the_device(formulation):
     with NoHostSync():
         values = tokenizer_step(s, 1, [batch(2, 4), batch(2, 6)])
     assert all(v.shape == () and not v.requires_grad for v in values.values())
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def bits(s):
+    """All that a checkpoint of a state holds."""
+    return {f"{group} {name}": value.clone() for group, tensors in s.groups().items() for name, value in tensors.items()}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def assert_skipped(before, after):
+    """One step more is counted as skipped, and nothing else is different."""
+    for name in ("guard skipped", "guard in_a_row"):
+        assert after.pop(name) == before.pop(name) + 1
+    assert_same_bits(before, after)
+
+
+def staged(**changes):
+    """Three iterations as configured, three with another weight, two with the projection fixed."""
+    s = state(disc_start=3, **changes)
+    later = replace(s.weights, disc_start=1, vf_weight=0.05)
+    s.stages = (Stage(0, 3, s.weights, 1e-3), Stage(3, 6, later, 5e-4), Stage(6, 8, later, 1e-3, train_projection=False))
+    return s
+
+
+def test_a_stage_is_a_run_from_the_weights_of_the_one_before():
+    """Discriminator, its running statistics and the projection among them; fresh optimizers, the GAN's start counted anew."""
+    s, batches = staged(), [batch(first=4 * step) for step in range(8)]
+    for step in range(8):
+        tokenizer_step(s, step, [batches[step]])
+    twin = staged()
+    for stage in twin.stages:
+        run = state()
+        run.load_groups(twin.groups() | {"optimizer": {}, "optimizer_disc": {}}, "the stage before")
+        run.stages = (replace(stage, begin=0, end=stage.end - stage.begin),)
+        for step in range(stage.begin, stage.end):
+            tokenizer_step(run, step - stage.begin, [batches[step]])
+        twin = run
+    assert_same_bits(bits(s), bits(twin))
+
+
+def test_going_back_leaves_nothing_of_what_came_after():
+    """From a stage with the projection fixed and the GAN at work to a step before both."""
+    s, batches = staged(), [batch(first=4 * step) for step in range(8)]
+    tokenizer_step(s, 0, [batches[0]])
+    before = {group: {name: value.clone() for name, value in tensors.items()} for group, tensors in s.groups().items()}
+    for step in range(1, 8):
+        tokenizer_step(s, step, [batches[step]])
+    s.load_groups(before, "step 1")
+    fresh = staged()
+    fresh.load_groups(before, "step 1")
+    assert_same_bits(bits(s), bits(fresh))
+    for step in range(1, 4):
+        for one in (s, fresh):
+            tokenizer_step(one, step, [batches[step]])
+    assert_same_bits(bits(s), bits(fresh))
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["decoder", "discriminator"])
+def test_a_gradient_that_is_not_finite_in_either_network_leaves_every_bit_of_both(formulation, where):
+    """Running statistics of BatchNorm too, which the forward pass had already moved."""
+
+    def spoilt(s, step, b):
+        terms, gradients = formulation(s, step, b)
+        p = s.autoencoder.last_decoder_weight if where == "decoder" else s.discriminator.main[2].weight
+        return terms, gradients | {p: torch.full_like(p, float("nan"))}
+
+    s = state(gradients=formulation)
+    tokenizer_step(s, 0, [batch()])
+    before = bits(s)
+    s.gradients = spoilt
+    values = tokenizer_step(s, 1, [batch(first=4)])
+    after = bits(s)
+    assert torch.isfinite(values["nll"])
+    assert_skipped(before, after)
+
+
+@BOTH
+def test_a_nan_in_an_image_changes_nothing(formulation):
+    s = state(gradients=formulation)
+    tokenizer_step(s, 0, [batch()])
+    before = bits(s)
+    pixels = batch(first=4).pixels.float()
+    pixels[2, 1, 3, 5] = float("nan")
+    tokenizer_step(s, 1, [replace(batch(first=4), pixels=pixels)])
+    assert_skipped(before, bits(s))
+
+
+def test_sums_are_logged_per_value_too():
+    values = tokenizer_step(state(), 0, [batch()])
+    for name, per_value, count in (("loss", "loss_per_pixel", 768), ("nll", "nll_per_pixel", 768), ("kl", "kl_per_latent", 16)):
+        torch.testing.assert_close(values[per_value] * count, values[name])
+    torch.testing.assert_close(values["nll_per_pixel"], values["rec"] + values["perceptual"])
+
+
+def test_the_guard_forgets_at_a_stage_and_at_the_gans_start():
+    s = staged()
+    forgot = []
+    s.guard.expect_another_loss = lambda: forgot.append(step)
+    for step in range(8):
+        s.enter(step)
+    assert forgot == [0, 2, 3, 4, 6, 7], "disc_start 3: from iteration 2; disc_start 1: from iteration 1"

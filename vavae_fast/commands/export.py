@@ -12,6 +12,7 @@ EXAMPLE = "vavae-fast export --run output/lightningdit_xl --weights ema --out li
 def arguments(parser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest complete one")
+    parser.add_argument("--stage", help="checkpoint at the end of this stage of a tokenizer's run")
     parser.add_argument("--weights", choices=("ema", "model"), default=None, help="default: ema where there is one")
     parser.add_argument("--out", type=Path, required=True, help="file to write: .safetensors or .pt")
 
@@ -29,6 +30,7 @@ class ExportPlan:
 
 
 def plan(config: None, args) -> ExportPlan:
+    require(args.step is None or args.stage is None, "--step", args.step, "left out with --stage")
     require(args.out.suffix in (".safetensors", ".pt"), "--out", str(args.out), "a .safetensors or .pt file")
     if not args.run.is_dir():
         raise BadInput(f"{args.run}: no such run folder")
@@ -36,13 +38,22 @@ def plan(config: None, args) -> ExportPlan:
     from vavae_fast.commands.build import checkpoint_folder
     from vavae_fast.training.checkpoint import holds, step_folder
 
-    folder = checkpoint_folder(args.run) if args.step is None else step_folder(args.run / "checkpoints", args.step)
+    step = args.step if args.stage is None else _stage_end(checkpoint_folder(args.run), args.stage)
+    folder = checkpoint_folder(args.run) if step is None else step_folder(args.run / "checkpoints", step)
     if not folder.is_dir():
         steps = ", ".join(str(int(p.name[5:])) for p in sorted((args.run / "checkpoints").glob("step_????????")))
-        raise BadInput(f"{args.run}: no checkpoint of step {args.step}; there are: {steps or 'none'}")
+        raise BadInput(f"{args.run}: no checkpoint of step {step}; there are: {steps or 'none'}")
     artifacts.require_space(args.out.parent, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     weights = args.weights or ("ema" if holds(folder, "ema") else "model")
     return ExportPlan(folder, weights, args.out)
+
+
+def _stage_end(checkpoint: Path, stage: str) -> int:
+    """The steps done at the end of a stage of the run that wrote `checkpoint`."""
+    stages = artifacts.read_json(checkpoint / "manifest.json").get("stages") or {}
+    if stage not in stages:
+        raise BadInput(f"{checkpoint}: no stage {stage!r}; it has {', '.join(stages) or 'none'}")
+    return stages[stage]
 
 
 def run(plan: ExportPlan) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vavae_fast.config import TokenizerConfig
-from vavae_fast.errors import require
+from vavae_fast.errors import BadInput, require
 
 RECIPE_EPOCHS = 100  # of the published recipe's first stage, when a config names no length
 
@@ -46,7 +46,8 @@ def plan_stages(config: TokenizerConfig, images: Any) -> tuple[PlannedStage, ...
         if length != 0:
             planned.append(PlannedStage(stage.name, config.at(stage), stage.epochs, None if end is None else begin, end))
         begin = end
-    require(bool(planned), "stages", "0 in all", "longer than that")
+    if not planned:
+        raise BadInput("stages: all are 0 steps long; give one of them epochs or steps")
     return tuple(planned)
 
 

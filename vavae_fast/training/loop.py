@@ -61,7 +61,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Observer:
-    """What is looked at every `every` steps, at the end of a stage and after the last step, on every process: held-out loss, samples. It trains nothing."""
+    """What is looked at every `every` steps and at the end of a stage and of the run, on every process: held-out loss, samples. It trains nothing."""
 
     every: int
     look: Callable[[int], dict[str, float]]  # steps done -> values for the log line
