@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": "LightningDiT -> images",
     "evaluate": "images -> FID, IS, precision, recall; or rFID, PSNR, SSIM, LPIPS of a tokenizer",
     "analyze": "latents -> uniformity (the paper's Table 6), pictures of their distribution",
+    "gallery": "pictures of a LightningDiT: classes, trajectories, interpolation, nearest training latents",
     "sweep": "sampler settings in every combination -> scores, the best",
     "export": "a run's checkpoint -> one .safetensors or .pt file",
     "report": "a run folder -> one HTML page",

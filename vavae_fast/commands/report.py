@@ -42,6 +42,7 @@ _PICTURES = {
     "samples": ("Samples", "Images, each with its reconstruction at its right."),
     "similarity": ("Similarity maps", "The cosine of the framed token with every place, in the latents and in the foundation model's features: "
                    "red 1, white 0, blue -1."),
+    "gallery": ("Gallery", ""),
 }  # fmt: skip
 _FILES = ("metrics.jsonl", "metrics.json", "manifest.json", "config.yaml")
 _LAST_LOGGED = ("loss", "mse", "valid_mse", "valid_mse_model", "rec", "perceptual", "mcos", "mdms", "valid_psnr", "valid_ssim", "valid_perceptual",

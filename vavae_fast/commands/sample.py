@@ -64,7 +64,7 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     require(num > 0, "--num", num, "above 0")
     seed = config.train.global_seed if args.seed is None else args.seed
     require(seed >= 0, "--seed", seed, "0 or more")
-    given = None if args.labels is None else _label_list(args.labels, config.data.num_classes)
+    given = None if args.labels is None else label_list(args.labels, config.data.num_classes)
     out = args.out or run_folder(config, args.config) / f"samples-cfg{config.sample.cfg_scale:g}-seed{seed}"
     artifacts.require_writable(out)
     artifacts.require_space(out, 2 * num * 3 * config.data.image_size**2)
@@ -81,7 +81,7 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     model, identity = build.trained_lightningdit(config, args.checkpoint, args.weights)
     guide, guide_identity = _guide(config, args.weights)
     tokenizer = build.tokenizer(config)
-    stats = _latent_statistics(config)
+    stats = latent_statistics(config)
     facts = dict(
         num=num, seed=seed, labels=args.labels or config.sample.labels, sampler=asdict(settings), precision=config.sample.precision,
         preset=args.preset, checkpoint=identity, guide=guide_identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
@@ -116,14 +116,15 @@ def _guide(config: LightningDiTConfig, which: str) -> tuple[Any, dict[str, Any] 
     return build.trained_lightningdit(replace(theirs, train=config.train), str(path), which)
 
 
-def _label_list(text: str, classes: int) -> list[int]:
+def label_list(text: str, classes: int, flag: str = "--labels") -> list[int]:
+    """"207,88" -> [207, 88], each in [0, classes)."""
     labels = []
     for word in text.split(","):
         if not word.strip().lstrip("-").isdigit():
             found = f"{word.strip()!r} is no class number"
-            raise BadInput(f"--labels: {found}; give numbers from 0 to {classes - 1}, in the sorted order of the class folders")
+            raise BadInput(f"{flag}: {found}; give numbers from 0 to {classes - 1}, in the sorted order of the class folders")
         labels.append(int(word))
-        require(0 <= labels[-1] < classes, "--labels", labels[-1], f"in 0 to {classes - 1} (data.num_classes is {classes})")
+        require(0 <= labels[-1] < classes, flag, labels[-1], f"in 0 to {classes - 1} (data.num_classes is {classes})")
     return labels
 
 
@@ -142,7 +143,7 @@ def _labels(config: LightningDiTConfig, num: int, seed: int, given: list[int] | 
     return rng.integers(seed, torch.from_numpy(index), config.data.num_classes, rng.Stream.LABEL).numpy()
 
 
-def _latent_statistics(config: LightningDiTConfig):
+def latent_statistics(config: LightningDiTConfig):
     """Mean and standard deviation that undo the normalisation of training: latents_stats.pt in data.data_path, or beside it."""
     import torch
 
@@ -223,8 +224,8 @@ def _draw(plan: SamplePlan, world) -> None:
     if not missing:
         return
     wanted = torch.tensor([i for first in missing for i in range(first, min(first + size, plan.num))], dtype=torch.int64)
-    precision = _precision(config, device)
-    predict, guide = (_predictor(config, model, precision, device) for model in (plan.model, plan.guide))
+    precision = precision_of(config, device)
+    predict, guide = (predictor_of(config, model, precision, device) for model in (plan.model, plan.guide))
     mean, std = (s.to(device) for s in plan.stats)
     latents = generate_latents(
         predict, torch.from_numpy(plan.labels).to(device), (config.model.in_chans, config.latent_size, config.latent_size),
@@ -236,14 +237,16 @@ def _draw(plan: SamplePlan, world) -> None:
         _write(plan, images, len(wanted), say=world.main)
 
 
-def _precision(config: LightningDiTConfig, device) -> str:
+def precision_of(config: LightningDiTConfig, device) -> str:
+    """sample.precision, or what auto means on `device`."""
     from vavae_fast.commands import build
 
     asked = config.sample.precision
     return ("bf16" if build.bf16(asked, device) else "fp32") if asked == "auto" else asked
 
 
-def _predictor(config: LightningDiTConfig, model, precision: str, device):
+def predictor_of(config: LightningDiTConfig, model, precision: str, device):
+    """`model` as `sample.` wants it called; None for None."""
     from vavae_fast.commands import build
     from vavae_fast.models.inference import predictor
 

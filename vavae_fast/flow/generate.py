@@ -82,6 +82,10 @@ class LatentScale:
         """x (B, C, H, W) as the model makes it -> latents as the tokenizer made them. Move mean and std to x's device first."""
         return x * self.std / self.multiplier + self.mean
 
+    def normalise(self, z: Tensor) -> Tensor:
+        """The inverse of `denormalise`."""
+        return (z - self.mean) / self.std * self.multiplier
+
 
 def generate_latents(
     model: Model,
