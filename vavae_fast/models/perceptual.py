@@ -130,7 +130,8 @@ class _Linear(nn.Module):
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
 
     def forward(self, f: Tensor, g: Tensor) -> Tensor:
-        weighted = (f - g).square() * self.model[1].weight
+        difference = f - g
+        weighted = difference * (difference * self.model[1].weight)  # its gradient takes the memory format of the features, a square's does not
         return weighted.sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
 
 

@@ -37,6 +37,7 @@ from vavae_fast.losses import (
     weighted_sum,
     wide,
 )
+from vavae_fast.training.beside import beside
 from vavae_fast.training.tokenizer import Gradients, TokenizerState
 
 Terms = dict[str, Tensor]
@@ -46,7 +47,7 @@ def one_pass_gradients(state: TokenizerState, step: int, batch: ImageBatch) -> t
     """The terms of one micro-batch and the gradient of each trained parameter, as `plain_gradients` gives them. No host sync."""
     weights, images = state.weights, state.images(batch)
     with state.autocast():
-        features = state.features(images)
+        features = None if state.foundation is None else beside(state.foundation_stream, state.foundation, images)
         posterior = state.autoencoder.encode(images)
         z, kl = state.sample(posterior, batch), kl_loss(posterior)
         z_cut = _cut(z)
@@ -61,7 +62,7 @@ def one_pass_gradients(state: TokenizerState, step: int, batch: ImageBatch) -> t
         u_nll, u, terms["d_weight"], of_decoder = _through_decoder(state, step, r, z_cut, v_nll, v_gan)
         gradients |= of_decoder
         if features is not None:
-            terms |= alignment_terms(state.alignment(z_cut, features), weights)
+            terms |= alignment_terms(state.alignment(z_cut, features()), weights)
             projection = _trained(state.projection)
             u_vf, *of_projection = vjp(terms["vf_loss"], [z_cut, *projection])
             terms["vf_weight"] = _vf_weight(state, z, u_nll, u_vf)

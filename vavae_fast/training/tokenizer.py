@@ -44,7 +44,8 @@ class TokenizerState:
     """What a tokenizer run trains: autoencoder, projection to the features, discriminator; and what it looks at, frozen.
 
     `projection` is the 1x1 convolution between z and the features of `foundation`; both are None without alignment. `optimizer` holds it in
-    every stage: without a gradient it stays. `gradients` is how a step differentiates: `plain_gradients` below, or `one_pass_gradients` with fewer passes.
+    every stage: without a gradient it stays. `gradients` is how a step differentiates: `plain_gradients` below, or `one_pass_gradients`
+    with fewer passes.
     """
 
     autoencoder: AutoencoderKL
@@ -62,6 +63,7 @@ class TokenizerState:
     reverse_proj: bool
     gradients: "Callable[[TokenizerState, int, ImageBatch], tuple[dict[str, Tensor], Gradients]]"
     max_grad_norm: float | None = None
+    foundation_stream: torch.cuda.Stream | None = None  # on which the one-pass step runs `foundation`; None: on that of everything else
     stage: Stage = field(init=False)  # that of the step at hand
 
     def __post_init__(self):
@@ -104,8 +106,10 @@ class TokenizerState:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16)
 
     def images(self, batch: ImageBatch) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] on the device, in the dtype of the autoencoder's weights."""
-        return to_unit(batch.pixels.to(self.world.device)).to(self.autoencoder.last_encoder_weight.dtype)
+        """(B, 3, H, W) in [-1, 1] on the device, in the dtype of the autoencoder's weights and in its memory format."""
+        layout = torch.channels_last if self.autoencoder.fused else torch.preserve_format
+        pixels = batch.pixels.to(self.world.device).to(memory_format=layout)  # converted once, as bytes
+        return to_unit(pixels).to(self.autoencoder.last_encoder_weight.dtype)
 
     def sample(self, posterior: DiagonalGaussian, batch: ImageBatch) -> Tensor:
         """z (B, C, h, w), with noise that is a function of the seed and of each image's place in the run."""
@@ -156,11 +160,12 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     set_learning_rate(state.optimizer_disc, rate)
     means: dict[str, Tensor] = {}
     statistics = [buffer.clone() for buffer in state.discriminator.buffers()]
-    for batch in micro_batches:
-        terms, gradients = state.gradients(state, iteration, batch)
-        accumulate(gradients, len(micro_batches))
-        for key, value in terms.items():
-            means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
+    with state.autocast():  # around all micro-batches: it rounds each weight once, and keeps that until it ends
+        for batch in micro_batches:
+            terms, gradients = state.gradients(state, iteration, batch)
+            accumulate(gradients, len(micro_batches))
+            for key, value in terms.items():
+                means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
 
     norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
     if state.weights.discriminator_factor(iteration) > 0:
