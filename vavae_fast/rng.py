@@ -24,6 +24,7 @@ class Stream(IntEnum):
     POSTERIOR = 5
     CROP = 6
     ORDER = 7
+    SUBSTITUTE = 8
     SDE = 1 << 16  # + step: the increments of a stochastic sampler
 
 

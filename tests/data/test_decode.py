@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vavae_fast.data.decode import bilinear_crop, center_crop, decode, random_crop
+from vavae_fast.data import crops
+from vavae_fast.data.crops import CROPS, cut_of
+from vavae_fast.data.decode import decode
 from vavae_fast.errors import BadInput
 
 PLACE = (0.0, 0.0)
@@ -27,6 +29,10 @@ def encoded(image, format="PNG", **options):
     return buffer.getvalue()
 
 
+def square(crop, image, size, place=PLACE):
+    return crops.square(image, cut_of(crop, image.size, size, "x", place))
+
+
 def adm_crop(image, size):
     """The definition of ADM, as one halving loop and one cut."""
     while min(image.size) >= 2 * size:
@@ -40,7 +46,7 @@ def adm_crop(image, size):
 @pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (127, 65), (64, 64), (63, 200), (301, 129), (20, 9), (37, 1)])
 def test_center_crop_is_adms_to_the_bit(width, height):
     image = noise(width, height)
-    assert np.array_equal(center_crop(image, 32, "x", PLACE), adm_crop(image, 32))
+    assert np.array_equal(square("center", image, 32), adm_crop(image, 32))
 
 
 def triangle(count, length):
@@ -60,7 +66,7 @@ def test_bilinear_crop_averages_what_a_pixel_covers(width, height):
     top, left = round((h - size) / 2), round((w - size) / 2)
     expected = exact[top : top + size, left : left + size]
     clear = np.abs(expected % 1 - 0.5) > 1e-3
-    found = bilinear_crop(image, size, "x", PLACE)
+    found = square("bilinear", image, size)
     assert found.shape == (size, size, 3) and found.dtype == np.uint8
     assert np.array_equal(found[clear], np.floor(expected + 0.5)[clear]) and np.abs(found - expected).max() <= 0.5 + 1e-3
 
@@ -76,7 +82,7 @@ def test_random_crop_is_bilinear_interpolation_then_a_cut(width, height):
         top, left = math.floor(place[0] * (h - size + 1)), math.floor(place[1] * (w - size + 1))
         expected = exact[top : top + size, left : left + size].numpy()
         clear = np.abs(expected % 1 - 0.5) > 1e-3
-        found = random_crop(image, size, "x", place)
+        found = square("random", image, size, place)
         assert found.shape == (size, size, 3) and found.dtype == np.uint8
         assert np.array_equal(found[clear], np.rint(expected)[clear])
         assert np.abs(found - expected).max() <= 0.5 + 1e-3
@@ -84,8 +90,8 @@ def test_random_crop_is_bilinear_interpolation_then_a_cut(width, height):
 
 def test_random_crop_reaches_both_borders():
     image = Image.fromarray(np.repeat(np.arange(40, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2))
-    assert random_crop(image, 8, "x", (0.0, 0.0))[0, 0, 0] == 0
-    assert random_crop(image, 8, "x", (0.999, 0.999))[0, -1, 0] == 39
+    assert square("random", image, 8)[0, 0, 0] == 0
+    assert square("random", image, 8, (0.999, 0.999))[0, -1, 0] == 39
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,6 @@ def test_every_truncation_of_a_png_is_refused():
 def test_a_thread_thin_image_does_not_blow_up():
     """1 x 1,000,000 at short side 64 would be 4 billion pixels."""
     thin = Image.new("RGB", (1, 1_000_000))
-    for crop in (center_crop, random_crop):
-        with pytest.raises(BadInput, match="too narrow"):
-            crop(thin, 64, "x", PLACE)
+    for crop in CROPS:
+        with pytest.raises(BadInput, match="x: 1 x 1000000 pixels is too narrow"):
+            cut_of(crop, thin.size, 64, "x", PLACE)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vavae_fast.data import ImageStream, Share, open_images
-from vavae_fast.data.decode import center_crop
+from vavae_fast.data.crops import center_crop, cut_of
 from vavae_fast.errors import BadInput
 
 
@@ -28,7 +28,7 @@ def png(seed, **size):
 
 
 def cropped(seed, size=8):
-    return torch.from_numpy(center_crop(picture(seed), size, "", (0, 0)).copy()).permute(2, 0, 1)
+    return torch.from_numpy(center_crop(picture(seed), cut_of("center", (20, 17), size, "", (0, 0))).copy()).permute(2, 0, 1)
 
 
 # "cat-big" sorts after "cat" by components, before "cat/…" as plain text.

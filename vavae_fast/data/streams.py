@@ -4,18 +4,23 @@ Every batch says where its samples stand in the run (`index`), which is what all
 label drops, flips, crops. Starting at step s is a seek; any number of processes sees the same global batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vavae_fast import rng
 from vavae_fast.data.images import ImageBatch, Images
 from vavae_fast.data.latents import Latents
 from vavae_fast.data.order import RunOrder, check_shares, micro_batches
 from vavae_fast.data.prefetch import Buffers, ahead
 from vavae_fast.data.resident import ResidentLatents
+from vavae_fast.errors import BadInput
+
+_ATTEMPTS = 8  # substitutes tried in the place of an unreadable image
+_NAMED = 20  # unreadable images that are named one by one
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,27 @@ class LatentStream:
 
 
 class ImageStream:
-    """Images for the tokenizer: `share.batches_per_step` ImageBatches (on the CPU) a step; `index` = positions in the run.
+    """Images for the tokenizer: `share.batches_per_step` ImageBatches a step, on the images' device; `index` = positions in the run.
 
     images: opened with crop="random"; the place of each crop is a function of (seed, position). flip: mirror with
     probability 1/2; the reference does not.
+
+    An image that cannot be read is named through `say` and replaced by another, which is a function of (seed, position) as well. When
+    more than `max_corrupt`, a share of all images, have turned out so, `BadInput`; each process counts those that it met.
     """
 
-    def __init__(self, images: Images, seed: int, share: Share, flip: bool = False):
+    def __init__(
+        self,
+        images: Images,
+        seed: int,
+        share: Share,
+        flip: bool = False,
+        max_corrupt: float = 0.0,
+        say: Callable[[str], None] = print,
+    ):
         self.images, self.seed, self.share, self.flip = images, seed, share, flip
+        self.corrupt: set[int] = set()  # indices of images that could not be read
+        self._allowed, self._say = int(max_corrupt * len(images)), say
         self._order = RunOrder(seed, len(images))
 
     def batches(self, start: int = 0) -> Iterator[ImageBatch]:
@@ -130,7 +148,34 @@ class ImageStream:
     def _read(self, positions: np.ndarray) -> ImageBatch:
         indices, mirrored = self._order(positions)
         counters = torch.from_numpy(positions)
-        pixels = self.images.read(indices, self.seed, counters if self.images.crop == "random" else None)
+        pixels, faults = self._pixels(indices, counters)
+        for attempt in range(_ATTEMPTS):
+            if not faults:
+                break
+            self._note({int(indices[row]): fault for row, fault in faults.items()})
+            rows = np.fromiter(sorted(faults), np.int64)
+            turns = _ATTEMPTS * counters[rows] + attempt
+            indices[rows] = rng.integers(self.seed, turns, len(self.images), rng.Stream.SUBSTITUTE).numpy()
+            others, again = self._pixels(indices[rows], counters[rows])
+            pixels[rows] = others
+            faults = {int(rows[row]): fault for row, fault in again.items()}
+        if faults:
+            raise BadInput(f"{faults[min(faults)]} ({_ATTEMPTS} others in its place were unreadable too)")
         if self.flip:
             pixels[mirrored] = pixels[mirrored].flip(-1)
         return ImageBatch(pixels, self.images.labels[indices], counters)
+
+    def _pixels(self, indices: np.ndarray, counters: Tensor) -> tuple[Tensor, dict[int, BadInput]]:
+        return self.images.try_read(indices, self.seed, counters if self.images.crop == "random" else None)
+
+    def _note(self, faults: dict[int, BadInput]) -> None:
+        """Count and name the images that failed for the first time."""
+        for i, fault in faults.items():
+            if i in self.corrupt:
+                continue
+            self.corrupt.add(i)
+            if len(self.corrupt) > self._allowed:
+                found = f"{len(self.corrupt)} of {len(self.images)} images cannot be read, {self._allowed} may be; the last: {fault}"
+                raise BadInput(f"{self.images.path}: {found}; repair the data, or raise data.max_corrupt")
+            if len(self.corrupt) <= _NAMED:
+                self._say(f"left out and replaced: {fault}" + (" (those that follow are counted, not named)" if len(self.corrupt) == _NAMED else ""))
