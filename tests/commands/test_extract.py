@@ -1,16 +1,22 @@
 """extract, whole: what every latent is, and that neither interruption nor batch nor shard changes a byte."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
-from tiny import contents, done, files, launched
+from safetensors.torch import load_file
+from tiny import contents, copy, done, files, launched
 
 from vavae_fast import rng
 from vavae_fast.cli import main
-from vavae_fast.commands import build
+from vavae_fast.commands import build, extract
+from vavae_fast.commands.runs import locked
 from vavae_fast.config import load_config
 from vavae_fast.data import open_images, open_latents
+from vavae_fast.data.images import Images
+from vavae_fast.models.autoencoder import DiagonalGaussian
 from vavae_fast.pixels import to_unit
 
 
@@ -30,6 +36,66 @@ def test_a_latent_is_a_posterior_sample_of_its_image_and_of_its_mirror_image(tin
             noise = rng.normal(0, 2 * index + mirrored, like=posterior.mean, stream=rng.Stream.POSTERIOR)
             expected = posterior.mean + (0.5 * posterior.logvar).exp() * noise
             torch.testing.assert_close(latents.read(index, flip=mirrored), expected, rtol=1e-4, atol=1e-5)
+
+
+def posteriors(tiny, mirrored=False):
+    """Of all images, by the tokenizer that extracted them."""
+    tokenizer = build.tokenizer(load_config(tiny.root / "tokenizer.yaml"), str(tiny.tokenizer_run))
+    pixels = open_images(tiny.images, size=16).read(range(16))
+    with torch.no_grad():
+        return tokenizer.encode(to_unit(pixels.flip(-1) if mirrored else pixels))
+
+
+def test_means_alone(tiny, out):
+    done(*words(tiny, out, "--posterior", "mean"))
+    latents = open_latents(out)
+    for mirrored in (False, True):
+        torch.testing.assert_close(latents.read(range(16), flip=mirrored), posteriors(tiny, mirrored).mean, rtol=1e-4, atol=1e-5)
+    assert latents.manifest["facts"]["posterior"] == "mean"
+
+
+def test_means_with_standard_deviations(tiny, out):
+    """Samples drawn from them are those that `--posterior sample` stores; the statistics are those of samples."""
+    done(*words(tiny, out, "--posterior", "mean+std"))
+    shards = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
+    found = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+    samples, index = open_latents(tiny.latents), torch.arange(16)
+    for mirrored, key in enumerate(("latents", "latents_flip")):
+        posterior = posteriors(tiny, bool(mirrored))
+        torch.testing.assert_close(found[f"{key}_std"], posterior.std, rtol=1e-4, atol=1e-5)
+        noise = rng.normal(0, 2 * index + mirrored, like=found[key], stream=rng.Stream.POSTERIOR)
+        torch.testing.assert_close(found[key] + found[f"{key}_std"] * noise, samples.read(index, flip=bool(mirrored)), rtol=1e-5, atol=1e-6)
+    statistics = torch.load(out / "latents_stats.pt", weights_only=True)
+    mean, std = found["latents"].double(), found["latents_std"].double()
+    expected = (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt()
+    torch.testing.assert_close(statistics["std"].double().flatten(), expected, rtol=1e-6, atol=0)
+
+
+def test_an_encoder_in_bf16(tiny, out):
+    """Near the latents of fp32, and not the same."""
+    done(*words(tiny, out, "--precision", "bf16", "--posterior", "mean"))
+    found, expected = open_latents(out), posteriors(tiny).mean
+    error = (found.read(range(16)) - expected).square().mean().sqrt() / expected.std()
+    assert 1e-5 < error < 0.05 and found.manifest["facts"]["precision"] == "bf16"
+
+
+def test_fused_operators_change_no_latent_beyond_rounding(tiny, out):
+    done(*words(tiny, out, "--fused"))
+    torch.testing.assert_close(open_latents(out).read(range(16)), open_latents(tiny.latents).read(range(16)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_nan_of_the_encoder_names_the_image(tiny, out, capsys, monkeypatch):
+    real = DiagonalGaussian.__init__
+
+    def poisoned(posterior, moments):
+        real(posterior, moments)
+        if len(moments) == 2:  # the second batch of a shard of six, by four
+            posterior.mean[1] = float("nan")
+
+    monkeypatch.setattr(DiagonalGaussian, "__init__", poisoned)
+    assert main(words(tiny, out)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "latents of image 5, ant/5.png, has a NaN" in said and files(out) == []
 
 
 def test_statistics_and_manifest(tiny):
@@ -92,10 +158,18 @@ def test_either_kind_of_config_gives_the_same_latents(tiny, out):
 
 @pytest.mark.parametrize("more, words_said", [
     (["--seed", "1"], "facts.seed=0"), (["--shard-size", "5"], "shard_size=6"), (["--dtype", "float16"], "dtype="),
+    (["--posterior", "mean"], "facts.posterior=sample, now mean"), (["--precision", "bf16"], "facts.precision=fp32, now bf16"),
+    (["data.image_size=32"], "facts.image_size=16, now 32"), (["another tokenizer"], "facts.tokenizer="), (["fewer images"], "count=16, now 15"),
 ])  # fmt: skip
-def test_another_extraction_into_the_same_folder_is_refused(tiny, out, capsys, more, words_said):
+def test_another_extraction_into_the_same_folder_is_refused(tiny, out, tmp_path, capsys, more, words_said):
     done(*words(tiny, out))
     before = contents(out, "*")
+    if more == ["another tokenizer"]:
+        torch.save({"state_dict": build.autoencoder(load_config(tiny.root / "tokenizer.yaml")).state_dict()}, tmp_path / "vae.pt")
+        more = ["--checkpoint", str(tmp_path / "vae.pt")]
+    if more == ["fewer images"]:
+        (copy(tiny.images, tmp_path / "images") / "ant" / "3.png").unlink()
+        more = ["--images", str(tmp_path / "images")]
     capsys.readouterr()
     assert main(words(tiny, out, *more)) == 2
     said = capsys.readouterr().err
@@ -103,9 +177,55 @@ def test_another_extraction_into_the_same_folder_is_refused(tiny, out, capsys, m
 
 
 def test_dry_run_predicts_and_writes_nothing(tiny, out, capsys):
-    done(*words(tiny, out), "--dry-run")
+    done(*words(tiny, out), "--dry-run", "--world-size", "2")
     said = capsys.readouterr().out
     assert "16 of " in said and "(4, 2, 2)" in said and "0 of 16 are there" in said and not out.exists()
+    assert "3 of at most 6 rows" in said and "16 images, 3 shards; by 2 processes at most 10, 2 each" in said
+    size = 16 * (2 * 4 * 2 * 2 * 4 + 8)
+    assert f"{size / 1000:.1f} kB in {out}, {size / 1000:.1f} kB of them to be written" in said
+    assert main([*words(tiny, out), "--world-size", "2"]) == 2 and "--world-size: must be above 0, with --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_it_cleanly(tiny, out, capsys, monkeypatch, number):
+    """After the batch: what is whole stays, nothing else does, and the same command goes on to the same bytes."""
+    real, calls = Images.read, []
+
+    def read(images, indices, *more):
+        calls.append(len(indices))
+        if len(calls) == 4:  # the second shard's last batch; the encoder is one or two behind
+            os.kill(os.getpid(), number)
+        return real(images, indices, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Images, "read", read)
+        done(*words(tiny, out))
+    there = files(out)
+    said = f"{signal.Signals(number).name}: {len(there)} of 3 shards are in {out}; the same command continues"
+    assert said in capsys.readouterr().out and there in ([], ["latents_rank00_shard000.safetensors"])
+    done(*words(tiny, out))
+    assert contents(out, "*.safetensors") == contents(tiny.latents, "*.safetensors")
+
+
+def test_two_extractions_into_one_folder(tiny, out, capsys):
+    with locked(out):
+        assert main(words(tiny, out)) == 2
+    assert f"{out}: in use by process {os.getpid()} on " in (said := capsys.readouterr().err) and "wait for it, or choose another --out" in said
+
+
+def test_an_image_size_that_the_tokenizer_cannot_halve(tiny, out, capsys):
+    """The config's architecture allows it, that of the given tokenizer does not."""
+    smaller = str(tiny.root / "tokenizer.yaml"), "model.params.ddconfig.ch_mult=[1,1]", "data.image_size=18"
+    argv = ["extract", "--config", *smaller, "--checkpoint", str(tiny.tokenizer_run), "--images", str(tiny.images), "--out", str(out)]
+    assert main(argv) == 2 and "data.image_size: must be a multiple of 8, by which the tokenizer downsamples, got 18" in capsys.readouterr().err
+
+
+def test_progress_says_what_is_waited_for(tiny, out, capsys, monkeypatch):
+    monkeypatch.setattr(extract, "_QUIET_SECONDS", -1.0)
+    done(*words(tiny, out))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "img/s" in line]
+    assert [line.split()[1] for line in lines] == ["4/16", "6/16", "10/16", "12/16", "16/16"]
+    assert all("data" in line and "disk" in line and "ETA" in line for line in lines) and lines[-1].endswith("ETA 0 s")
 
 
 def test_storage_of_half_the_size(tiny, out):
