@@ -14,7 +14,7 @@ from tiny import done, launched
 import vavae_fast.evaluation
 from vavae_fast import rng
 from vavae_fast.cli import main
-from vavae_fast.commands import build
+from vavae_fast.commands import build, reconstruction
 from vavae_fast.commands._pictures import differences
 from vavae_fast.commands.reconstruction import Reconstructor
 from vavae_fast.config import load_config
@@ -131,6 +131,39 @@ def test_one_batch_is_held_at_a_time(tiny, photos, monkeypatch):
     monkeypatch.setattr(Reconstructor, "_scored", watched)
     done(*words(tiny, photos, "--metrics", "psnr", "--batch", "1"))
     assert len(most) == 11 and max(most) <= 2, "the one at hand, and the one before until its name is taken"
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_bits(tiny, photos, out, monkeypatch, capsys):
+    monkeypatch.setattr(vavae_fast.evaluation, "load_inception", lambda path: Colours())
+    monkeypatch.setattr(vavae_fast.evaluation, "require_count", lambda *given: None)
+    monkeypatch.setattr(reconstruction, "SAVED_EVERY", 0.0)
+    given = words(tiny, photos, "--metrics", "rfid,psnr,ssim", "--batch", "3")
+    undisturbed, plain, seen = scored(out, *given), Reconstructor._scored, []
+
+    def killed(self, batch):
+        seen.append(len(batch.index))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return plain(self, batch)
+
+    part = out / "b.json.part0"
+    with monkeypatch.context() as patch:
+        patch.setattr(Reconstructor, "_scored", killed)
+        assert main([*given, "--json", str(out / "b.json")]) == 130
+    assert part.is_file() and not (out / "b.json").exists()
+    held = part.read_bytes()
+    capsys.readouterr()
+    done(*given, "--json", str(out / "b.json"))
+    assert "continues after 6 of 11 images" in capsys.readouterr().out and not part.exists()
+    found = json.loads((out / "b.json").read_text())
+    assert [found[name] for name in ("rfid", "psnr", "ssim")] == [undisturbed[name] for name in ("rfid", "psnr", "ssim")]
+    part.write_bytes(held)
+    done(*given, "--seed", "1", "--json", str(out / "b.json"))
+    assert "continues" not in capsys.readouterr().out, "another evaluation's tally"
+    part.write_bytes(held[:-10])
+    done(*given, "--json", str(out / "b.json"))
+    assert "not readable" in capsys.readouterr().out
+    assert json.loads((out / "b.json").read_text())["psnr"] == undisturbed["psnr"]
 
 
 @pytest.mark.slow  # starts three interpreters

@@ -116,3 +116,17 @@ def test_a_refused_batch_leaves_the_statistics():
     with pytest.raises(ValueError):
         statistics.update(torch.full((2, 3), float("nan")))
     assert statistics.count == 3 and torch.isfinite(statistics.result()[1]).all()
+
+
+def test_statistics_go_on_from_their_state():
+    x = np.random.default_rng(5).standard_normal((50, 4))
+    whole, first, second = FeatureStatistics(), FeatureStatistics(), FeatureStatistics()
+    first.update(torch.from_numpy(x[:30]))
+    second.load_state_dict(first.state_dict())
+    for statistics in (whole, second):
+        for part in (x[:30], x[30:])[statistics is second :]:
+            statistics.update(torch.from_numpy(part))
+    assert all(torch.equal(a, b) for a, b in zip(second.result(), whole.result())) and first.count == 30
+    assert FeatureStatistics().state_dict() == {}
+    second.load_state_dict({})
+    assert second.count == 0

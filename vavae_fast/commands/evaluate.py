@@ -1,5 +1,6 @@
 """Score samples against a reference by ADM's metrics, or a tokenizer by how well it reconstructs images."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -226,7 +227,7 @@ def run(plan: "EvaluatePlan | ReconstructionPlan") -> dict[str, Any] | None:
 def _reconstruct(plan: ReconstructionPlan) -> dict[str, Any] | None:
     """Values by name, and the protocol that made them."""
     from vavae_fast.commands import build
-    from vavae_fast.commands.reconstruction import PROTOCOLS, Judges, Reconstructor, reconstruction_scores, write_picture
+    from vavae_fast.commands.reconstruction import PROTOCOLS, Judges, Reconstructor, TallyFile, reconstruction_scores, write_picture
     from vavae_fast.distributed import open_world
     from vavae_fast.evaluation.evaluate import fid_name
 
@@ -234,13 +235,21 @@ def _reconstruct(plan: ReconstructionPlan) -> dict[str, Any] | None:
         networks = [network if network is None else network.to(world.device) for network in (plan.tokenizer, plan.inception, plan.lpips)]
         bf16 = build.bf16(plan.precision, world.device)
         reconstructor = Reconstructor(networks[0], plan.images, PROTOCOLS[plan.protocol], plan.seed, bf16, world)
-        scores = reconstruction_scores(reconstructor, Judges(*networks[1:]), plan.metrics, plan.batch)
+        held = None if plan.json is None else TallyFile(plan.json.with_name(f"{plan.json.name}.part{world.rank}"), _tally_identity(plan, world.size))
+        scores = reconstruction_scores(reconstructor, Judges(*networks[1:]), plan.metrics, plan.batch, held)
+        if held is not None:
+            held.remove()
         if scores is None:
             return None
         if plan.picture:
             print(f"picture  {write_picture(plan.picture, reconstructor, plan.picture_num, plan.batch)}")
         facts = plan.facts | dict(fid_name=f"r{fid_name(len(plan.images))}", processes=world.size, device=str(world.device))
         return scores | {"protocol": facts}
+
+
+def _tally_identity(plan: ReconstructionPlan, processes: int) -> str:
+    """Of what a process's tally is a part: changes with everything that a value depends on."""
+    return json.dumps(plan.facts | dict(metrics=plan.metrics, processes=processes), sort_keys=True)
 
 
 def _print_table(result: dict[str, Any]) -> None:

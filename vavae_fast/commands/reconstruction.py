@@ -1,19 +1,21 @@
 """How well a tokenizer reconstructs images: rFID, PSNR, SSIM and LPIPS by one of two named protocols, in one pass, flat in memory.
 
-Images are shared among the processes of the launcher. Nothing depends on their number or on the batch beyond rounding: the noise of a
-posterior sample is a function of the seed and of the image's place in the set.
+Images are shared among the processes of the launcher; each keeps a tally on disk, from which it goes on after a kill. Nothing depends on
+their number or on the batch beyond rounding: the noise of a posterior sample is a function of the seed and of the image's place in the set.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vavae_fast import rng
+from vavae_fast import artifacts, rng
 from vavae_fast.commands._pictures import differences
 from vavae_fast.commands.online_fid import gathered
 from vavae_fast.data.images import ImageBatch, Images
@@ -26,6 +28,7 @@ from vavae_fast.training.log import readable_time
 from vavae_fast.training.previews import write_grid
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
+SAVED_EVERY = 60.0  # seconds from one saved tally to the next
 
 
 @dataclass(frozen=True)
@@ -96,29 +99,89 @@ class Reconstructor:
         return Scored(pixels, made, images, to_unit(made) if self.protocol.eight_bit else decoded)
 
 
-def reconstruction_scores(reconstructor: Reconstructor, judges: Judges, metrics: list[str], batch: int) -> dict[str, float] | None:
-    """{metric: value} over all images, PSNR in dB: means of one value an image; on the main process, None elsewhere. All must call."""
+@dataclass
+class Tally:
+    """What is known of a process's first `done` images: sums of the values of one image each, and the moments of rFID."""
+
+    sums: Tensor  # (metrics,) float64
+    done: int = 0
+    originals: FeatureStatistics = field(default_factory=FeatureStatistics)
+    reconstructions: FeatureStatistics = field(default_factory=FeatureStatistics)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        moments = {f"{name}.{key}": value for name in ("originals", "reconstructions") for key, value in getattr(self, name).state_dict().items()}
+        return {"sums": self.sums, "done": torch.tensor(self.done)} | moments
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums, self.done = state["sums"], int(state["done"])
+        for name in ("originals", "reconstructions"):
+            of = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            getattr(self, name).load_state_dict(of)
+
+
+class TallyFile:
+    """A tally on disk, from which a killed evaluation goes on. `identity` says of what it is; that of something else is not used."""
+
+    def __init__(self, path: Path, identity: str):
+        self.path, self.identity, self.saved = path, identity, time.perf_counter()
+
+    def read(self, tally: Tally) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                if (file.metadata() or {}).get("identity") == self.identity:
+                    tally.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
+        except SafetensorError as error:
+            print(f"evaluate  {self.path}: not readable ({error}), so it begins again", flush=True)
+
+    def write(self, tally: Tally) -> None:
+        """Once in SAVED_EVERY seconds."""
+        if time.perf_counter() - self.saved >= SAVED_EVERY:
+            with artifacts.replacing(self.path) as temporary:
+                save_file(tally.state_dict(), temporary, {"identity": self.identity})
+            self.saved = time.perf_counter()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def reconstruction_scores(
+    reconstructor: Reconstructor, judges: Judges, metrics: list[str], batch: int, held: TallyFile | None = None
+) -> dict[str, float] | None:
+    """{metric: value} over all images, PSNR in dB: means of one value an image; on the main process, None elsewhere. All must call.
+
+    held: where this process's tally is kept meanwhile. It goes on at a batch's border, so the values are those of an undisturbed one.
+    """
     world, images = reconstructor.world, reconstructor.images
     own = range(world.rank, len(images), world.size)
     per_image = [name for name in METRICS[1:] if name in metrics]
-    sums = torch.zeros(len(per_image), dtype=torch.float64, device=world.device)
-    originals, reconstructions = FeatureStatistics(), FeatureStatistics()
-    progress = _Progress(len(images), world)
-    for scored in reconstructor.batches(batch, own):
+    tally = Tally(torch.zeros(len(per_image), dtype=torch.float64))
+    if held is not None:
+        held.read(tally)
+    progress = _Progress(len(images), tally.done * world.size, world)
+    for scored in reconstructor.batches(batch, own[tally.done :]):
         values = _values(scored, reconstructor.protocol, judges, per_image)
-        sums += sums.new_tensor([values[name].double().sum() for name in per_image])
+        tally.sums = tally.sums + torch.tensor([values[name].double().sum() for name in per_image], dtype=torch.float64)
         if "rfid" in metrics:
             with torch.inference_mode():
-                originals.update(judges.inception(scored.pixels).pool.cpu())
-                reconstructions.update(judges.inception(scored.made).pool.cpu())
+                originals, reconstructions = judges.inception(scored.pixels).pool.cpu(), judges.inception(scored.made).pool.cpu()
+            tally.originals.update(originals)
+            tally.reconstructions.update(reconstructions)
+        tally.done += len(scored.pixels)
+        if held is not None:
+            held.write(tally)
         progress.add(len(scored.pixels))
-    found = {}
-    if "rfid" in metrics:
-        moments = gathered(reconstructions, world), gathered(originals, world)
-        if world.main:
-            found["rfid"] = frechet_distance(*moments[0].result(), *moments[1].result())
-    means = (world.mean(sums) * world.size / len(images)).tolist()
-    return found | dict(zip(per_image, means)) if world.main else None
+    return _gathered_means(tally, metrics, per_image, len(images), world)
+
+
+def _gathered_means(tally: Tally, metrics: list[str], per_image: list[str], count: int, world: World) -> dict[str, float] | None:
+    means = (world.mean(tally.sums.to(world.device)) * world.size / count).tolist()
+    moments = (gathered(tally.reconstructions, world), gathered(tally.originals, world)) if "rfid" in metrics else ()
+    if not world.main:
+        return None
+    rfid = {"rfid": frechet_distance(*moments[0].result(), *moments[1].result())} if moments else {}
+    return rfid | dict(zip(per_image, means))
 
 
 @torch.inference_mode()
@@ -147,13 +210,15 @@ def write_picture(path: Path, reconstructor: Reconstructor, count: int, batch: i
 class _Progress:
     """A line every ten seconds and at the end, by the main process, which counts for all."""
 
-    def __init__(self, total: int, world: World):
-        self.total, self.world, self.done, self.said, self.started = total, world, 0, 0.0, time.perf_counter()
+    def __init__(self, total: int, before: int, world: World):
+        self.total, self.before, self.done, self.world, self.said, self.started = total, before, before, world, 0.0, time.perf_counter()
+        if world.main and before:
+            print(f"evaluate  continues after {min(before, total):,} of {total:,} images", flush=True)
 
     def add(self, count: int) -> None:
         self.done = min(self.done + count * self.world.size, self.total)
         seconds = time.perf_counter() - self.started
         if self.world.main and (seconds - self.said > 10 or self.done == self.total):
-            rate = self.done / seconds
+            rate = max(self.done - self.before, 1) / seconds
             print(f"evaluate  {self.done:,}/{self.total:,}  {rate:.0f} img/s  ETA {readable_time((self.total - self.done) / rate)}", flush=True)
             self.said = seconds

@@ -71,6 +71,18 @@ class FeatureStatistics:
             raise ValueError(f"features: a covariance needs 2 rows or more, got {self.count}")
         return same_kind(self._origin + self._mean, self._kind), same_kind(self._scatter / (self.count - 1), self._kind)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` takes: fp64 tensors by name, the count among them; none before the first row."""
+        if self.count == 0:
+            return {}
+        return {"count": torch.tensor(self.count), "origin": self._origin, "mean": self._mean, "scatter": self._scatter}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken; `result` gives tensors from here on."""
+        self.__init__()
+        if state:
+            self.count, self._origin, self._mean, self._scatter = int(state["count"]), state["origin"], state["mean"], state["scatter"].clone()
+
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if self.count == 0:
             self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
