@@ -1,13 +1,14 @@
 """SIGKILL at random moments: a run that is killed and started again ends in the bits of one that nobody disturbed.
 
-    python tests/kills.py --processes 1 --kills 50 [--seed N] [--folder DIR]
+    python tests/kills.py [--engine dit|tokenizer] --processes 1 --kills 50 [--seed N] [--folder DIR]
 
-Half of the kills wait for a checkpoint's temporary folder and strike while it is written, renamed, or older ones are removed; the
-others strike anywhere, start-up included. Of several processes one or all are killed. The last line is JSON: the kills by moment.
+The tokenizer's run has three stages, and the GAN starts within each. What is compared is the last checkpoint, whole: weights, both
+optimizers, BatchNorm's statistics, the guard's window; and those at the ends of stages. Half of the kills wait for a checkpoint's
+temporary folder and strike while it is written, renamed, or older ones are removed; the others strike anywhere, start-up included. Of
+several processes one or all are killed. The last line is JSON: the kills by moment.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -15,25 +16,53 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from processes import begin, main, start, statuses, trained, words
-from safetensors.torch import load_file
+import tiny
+from processes import begin, main, start, statuses, words
 
-from vavae_fast.training.checkpoint import checkpoint_fault, checkpoints
+from vavae_fast.commands import train_tokenizer, watch_tokenizer  # noqa: F401  imported before the fork
+from vavae_fast.training import one_pass  # noqa: F401  imported before the fork
+from vavae_fast.training.checkpoint import checkpoint_fault, checkpoints, step_folder
 
 STEPS = 20
-SETTINGS = (f"train.max_steps={STEPS}", "train.ckpt_every=2", "train.keep_last=2", "train.log_every=5")
+# A line a save: the guard's window holds means of lines, and a run continued within one would have another mean.
+SETTINGS = (f"train.max_steps={STEPS}", "train.ckpt_every=2", "train.keep_last=2", "train.log_every=2")
+STAGES = ("stages=[{name: a, steps: 8}, {name: b, steps: 6, disc_start: 1, vf_weight: 0.05},"
+          " {name: c, steps: 6, disc_start: 3, cos_margin: 0.5, proj_fix: true}]")  # fmt: skip
+ENDS = (8, 14)
 
 
-def campaign(folder: Path, processes: int, kills: int, seed: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Engine:
+    """What is killed."""
+
+    prepare: Callable[[Path], object]
+    words: Callable[[Path, str, int], list[str]]  # folder, run, processes -> those that start or continue the run
+    kept: tuple[int, ...] = ()  # steps whose checkpoints stay beside the last two
+
+
+def dit_words(folder: Path, name: str, processes: int) -> list[str]:
+    return words(folder, name, *SETTINGS, *(("train.shard=full",) if processes > 1 else ()))
+
+
+def tokenizer_words(folder: Path, name: str, processes: int) -> list[str]:
+    return ["train-tokenizer", *tiny.Tiny(folder).tokenizer(folder, name, *SETTINGS, STAGES, "train.fused=true")]
+
+
+ENGINES = {"dit": Engine(lambda folder: None, dit_words), "tokenizer": Engine(tiny.prepare, tokenizer_words, ENDS)}
+
+
+def campaign(engine: Engine, folder: Path, processes: int, kills: int, seed: int) -> dict[str, int]:
     """`kills` kills over as many runs as it takes; exits with a message where a run does not end as it must. Returns counts."""
     begin(folder)
-    settings = (*SETTINGS, *(("train.shard=full",) if processes > 1 else ()))
+    engine.prepare(folder)
     began = time.monotonic()
-    trained(folder, "undisturbed", processes, *settings)
+    undisturbed(engine, folder, "undisturbed", processes)
     whole = time.monotonic() - began
-    expected = exported(folder, "undisturbed")
+    expected = saved(engine, folder / "undisturbed")
     draw = random.Random(seed)
     counts = dict(kills=0, in_step=0, in_save=0, survivors=0, starts=0, runs=0)
     while counts["kills"] < kills:
@@ -42,21 +71,29 @@ def campaign(folder: Path, processes: int, kills: int, seed: int) -> dict[str, i
         while True:
             counts["starts"] += 1
             if counts["kills"] >= kills:
-                trained(folder, name, processes, *settings)
+                undisturbed(engine, folder, name, processes)
                 break
-            complete = disturbed(folder, name, processes, settings, draw, whole, counts)
-            check_checkpoints(folder / name / "checkpoints")
+            complete = disturbed(engine, folder, name, processes, draw, whole, counts)
+            check_checkpoints(engine, folder / name / "checkpoints")
             if complete:
                 break
-        if exported(folder, name) != expected:
+        if saved(engine, folder / name) != expected:
             sys.exit(f"{name}: not the bits of the undisturbed run, after {counts}, seed {seed}\n{(folder / f'{name}.txt').read_text()}")
     return counts
 
 
-def disturbed(folder: Path, name: str, processes: int, settings: tuple[str, ...], draw: random.Random, whole: float, counts: dict) -> bool:
+def undisturbed(engine: Engine, folder: Path, name: str, processes: int) -> None:
+    """Start or continue a run, which must come to its end."""
+    said = folder / f"{name}.txt"
+    codes = statuses(start(processes, lambda: main(engine.words(folder, name, processes)), said))
+    if codes != [0] * processes:
+        sys.exit(f"{name}: exit codes {codes}\n{said.read_text()}")
+
+
+def disturbed(engine: Engine, folder: Path, name: str, processes: int, draw: random.Random, whole: float, counts: dict) -> bool:
     """One start and, unless it ends first, one kill. Whether the run came to its end."""
     said = folder / f"{name}.txt"
-    children = start(processes, lambda: main(words(folder, name, *settings)), said)
+    children = start(processes, lambda: main(engine.words(folder, name, processes)), said)
     aimed = draw.random() < 0.5
     deadline = time.monotonic() + draw.uniform(0, 0.7 * whole)  # later ones would often find the run at its end
     while time.monotonic() < deadline and running(children):
@@ -111,32 +148,29 @@ def in_save(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.tmp")) or any((run / "checkpoints").glob("*.del"))
 
 
-def check_checkpoints(folder: Path) -> None:
+def check_checkpoints(engine: Engine, folder: Path) -> None:
     """What has a checkpoint's name is whole, at any moment; and there are no more than retention leaves and one that is new."""
     faults = {path.name: fault for path in checkpoints(folder) if (fault := checkpoint_fault(path)) is not None}
-    if faults or len(checkpoints(folder)) > 3:
+    if faults or len(checkpoints(folder)) > 3 + len(engine.kept):
         sys.exit(f"{folder}: {faults or [path.name for path in checkpoints(folder)]}")
 
 
-def exported(folder: Path, name: str) -> list[tuple[str, bytes]]:
-    """Name and bytes of every exported tensor, of the EMA and the model."""
-    content = []
-    for which in ("ema", "model"):
-        out = folder / f"{name}.{which}.safetensors"
-        with contextlib.redirect_stdout(None):
-            status = main(["export", "--run", str(folder / name), "--step", str(STEPS), "--weights", which, "--out", str(out)])
-        if status != 0:
-            sys.exit(f"{name}: no checkpoint of step {STEPS} to export")
-        content += [(f"{which} {key}", value.numpy().tobytes()) for key, value in sorted(load_file(out).items())]
+def saved(engine: Engine, run: Path) -> dict[str, bytes]:
+    """The bytes of every tensor file in the last checkpoint and in those that stay."""
+    folders = [step_folder(run / "checkpoints", step) for step in (*engine.kept, STEPS)]
+    content = {f"{folder.name}/{name}": value for folder in folders for name, value in tiny.contents(folder, "*.safetensors").items()}
+    if not all(any(name.startswith(folder.name) for name in content) for folder in folders):
+        sys.exit(f"{run}: lacks one of {[folder.name for folder in folders]}")
     return content
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=ENGINES, default="dit")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(campaign(given.folder or Path(temporary) / "kills", given.processes, given.kills, given.seed)))
+        print(json.dumps(campaign(ENGINES[given.engine], given.folder or Path(temporary) / "kills", given.processes, given.kills, given.seed)))
