@@ -3,4 +3,14 @@
 Importing this package does nothing else: no device query, no network, and torch only when a subpackage needs it.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+__all__ = ["VAVAEPipeline", "__version__"]
+
+
+def __getattr__(name: str):
+    """VAVAEPipeline, loaded when it is first used (PEP 562)."""
+    if name != "VAVAEPipeline":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("vavae_fast.pipeline").VAVAEPipeline

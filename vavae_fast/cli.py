@@ -24,7 +24,7 @@ COMMANDS = {
     "analyze": "latents -> uniformity (the paper's Table 6), pictures of their distribution",
     "gallery": "pictures of a LightningDiT: classes, trajectories, interpolation, nearest training latents",
     "sweep": "sampler settings in every combination -> scores, the best",
-    "export": "a run's checkpoint -> one .safetensors or .pt file",
+    "export": "a run's checkpoint -> one .safetensors or .pt file, or a pipeline's folder",
     "report": "a run folder -> one HTML page",
     "compare": "several runs -> their curves on one HTML page",
     "bench-report": "benchmarks/results -> the README's tables and plots",

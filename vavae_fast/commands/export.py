@@ -1,9 +1,10 @@
-"""Write a run's weights as one file: .safetensors, or .pt in the reference's layout."""
+"""Write a run's weights as one file: .safetensors, or .pt in the reference's layout; or with its tokenizer as a pipeline's folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from vavae_fast import artifacts
+from vavae_fast.commands import export_pipeline
 from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast export --run output/lightningdit_xl --weights ema --out lightningdit_xl.safetensors"
@@ -14,7 +15,8 @@ def arguments(parser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest complete one")
     parser.add_argument("--stage", help="checkpoint at the end of this stage of a tokenizer's run")
     parser.add_argument("--weights", choices=("ema", "model"), default=None, help="default: ema where there is one")
-    parser.add_argument("--out", type=Path, required=True, help="file to write: .safetensors or .pt")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .safetensors or .pt; with --pipeline a folder")
+    export_pipeline.arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class ExportPlan:
         return f"{self.weights} weights of {self.checkpoint} -> {self.out}\nnothing was written"
 
 
-def plan(config: None, args) -> ExportPlan:
+def plan(config: None, args) -> "ExportPlan | export_pipeline.PipelinePlan":
     require(args.step is None or args.stage is None, "--step", args.step, "left out with --stage")
-    require(args.out.suffix in (".safetensors", ".pt"), "--out", str(args.out), "a .safetensors or .pt file")
+    export_pipeline.check(args)
+    require(args.pipeline or args.out.suffix in (".safetensors", ".pt"), "--out", str(args.out), "a .safetensors or .pt file, or --pipeline")
     if not args.run.is_dir():
         raise BadInput(f"{args.run}: no such run folder")
     artifacts.require_writable(args.out.parent)
@@ -43,6 +46,8 @@ def plan(config: None, args) -> ExportPlan:
     if not folder.is_dir():
         steps = ", ".join(str(int(p.name[5:])) for p in sorted((args.run / "checkpoints").glob("step_????????")))
         raise BadInput(f"{args.run}: no checkpoint of step {step}; there are: {steps or 'none'}")
+    if args.pipeline:
+        return export_pipeline.plan(folder, args)
     artifacts.require_space(args.out.parent, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     weights = args.weights or ("ema" if holds(folder, "ema") else "model")
     return ExportPlan(folder, weights, args.out)
@@ -56,8 +61,10 @@ def _stage_end(checkpoint: Path, stage: str) -> int:
     return stages[stage]
 
 
-def run(plan: ExportPlan) -> Path:
-    """The reference reads {"ema": ...} of a LightningDiT .pt and {"state_dict": ...} of a tokenizer's."""
+def run(plan: "ExportPlan | export_pipeline.PipelinePlan") -> Path:
+    """The folder of a pipeline, or one file. The reference reads {"ema": ...} of a LightningDiT .pt and {"state_dict": ...} of a tokenizer's."""
+    if isinstance(plan, export_pipeline.PipelinePlan):
+        return export_pipeline.run(plan)
     import torch
 
     from vavae_fast.training.checkpoint import load_checkpoint, write_tensors

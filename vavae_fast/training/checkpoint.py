@@ -73,19 +73,24 @@ def checkpoint_fault(path: Path, hashes: bool = True) -> str | None:
         files = manifest["files"]
         if not isinstance(manifest["step"], int) or any(Path(name).name != name for name in files) or not _shards_complete(files):
             return "manifest.json is damaged"
-        for name, facts in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"lacks {name}"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}"
-        if hashes:
-            with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-                for name, digest in zip(files, pool.map(lambda name: artifacts.sha256(path / name), files)):
-                    if digest != files[name]["sha256"]:
-                        return f"{name} is damaged (its hash is not the manifest's)"
+        return files_fault(path, files, hashes)
     except (BadInput, KeyError, TypeError, AttributeError, ValueError):
         return "manifest.json is damaged"
+
+
+def files_fault(path: Path, files: Mapping[str, Any], hashes: bool = True) -> str | None:
+    """The first of a manifest's files, name -> {"bytes", "sha256"}, that is missing from `path`, of another size or another hash."""
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"lacks {name}"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}"
+    if hashes:
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            for name, digest in zip(files, pool.map(lambda name: artifacts.sha256(path / name), files)):
+                if digest != files[name]["sha256"]:
+                    return f"{name} is damaged (its hash is not the manifest's)"
     return None
 
 
