@@ -14,7 +14,7 @@ from torch import Tensor
 from vavae_fast.data.listing import LABEL_FILE, LABEL_SUFFIX, Listing
 from vavae_fast.errors import BadInput
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def labels_of(root: Path, listing: Listing, names: list[str], shard_depth: int) -> tuple[Tensor, list[str]]:
@@ -36,9 +36,9 @@ def _folder_labels(root: Path, names: list[str], shard_depth: int) -> tuple[Tens
         depth -= 1  # one folder holds every image: it is the class itself, unless there is none or it names a split
     class_of = {folder: part[depth] for folder, part in parts.items() if 0 <= depth < len(part)}
     found = set(class_of.values())
-    if len(found) > 1 and found <= _SPLITS:
+    if len(found) > 1 and found <= SPLITS:
         raise BadInput(f"{root}: holds the splits {', '.join(sorted(found))}; give the folder of one of them")
-    classes = sorted(found - _SPLITS) if len(found) == 1 else sorted(found)
+    classes = sorted(found - SPLITS) if len(found) == 1 else sorted(found)
     number = {name: k for k, name in enumerate(classes)}
     labels = [number.get(class_of.get(folder), -1) for folder in folders]
     return torch.tensor(labels, dtype=torch.int64), classes
