@@ -56,9 +56,15 @@ def shards(tmp_path):
 
 @pytest.mark.parametrize(
     "pattern, labels",
-    [("in-{000..002}.tar", [0, 1, 2, 3, 4, 5]), ("in-{001..002}.tar", [2, 3, 4, 5]), ("in-*.tar", [0, 1, 2, 3, 4, 5]), ("in-00{0..1}.tar", [0, 1, 2, 3]),
-     ("in-{00..00}{1..2}.tar", [2, 3, 4, 5]), ("*r.tar", [9])],
-)  # fmt: skip
+    [
+        ("in-{000..002}.tar", [0, 1, 2, 3, 4, 5]),
+        ("in-{001..002}.tar", [2, 3, 4, 5]),
+        ("in-*.tar", [0, 1, 2, 3, 4, 5]),
+        ("in-00{0..1}.tar", [0, 1, 2, 3]),
+        ("in-{00..00}{1..2}.tar", [2, 3, 4, 5]),
+        ("*r.tar", [9]),
+    ],
+)
 def test_patterns_of_shards(tmp_path, shards, pattern, labels):
     images = open_images(shards / pattern, size=8)
     assert images.labels.tolist() == labels
@@ -67,7 +73,12 @@ def test_patterns_of_shards(tmp_path, shards, pattern, labels):
 
 @pytest.mark.parametrize(
     "pattern, reason",
-    [("in-{000..005}.tar", "in-003.tar is missing"), ("no-*.tar", "no file matches"), ("in-{2..0}.tar", "counts backwards"), ("*.txt", "expected .tar")],
+    [
+        ("in-{000..005}.tar", "in-003.tar is missing"),
+        ("no-*.tar", "no file matches"),
+        ("in-{2..0}.tar", "counts backwards"),
+        ("*.txt", "expected .tar"),
+    ],
 )
 def test_patterns_that_cannot_be_meant(shards, pattern, reason):
     (shards / "x.txt").write_bytes(b"x")
