@@ -118,7 +118,7 @@ class TrainConfig:
     fused: bool = False  # run the operators of vavae_kernels
     residual_dtype: Literal["fp32", "bf16"] = "fp32"  # LightningDiT's stream between blocks; fp32 is the reference's
     fp8: bool = False  # LightningDiT: linear layers of the blocks multiply in fp8, by torchao, on GPUs that can
-    compile: Literal["auto", "none", "blocks", "model"] = "auto"  # auto: LightningDiT's blocks on a GPU, nothing on a CPU
+    compile: Literal["auto", "none", "blocks", "model"] = "auto"  # auto: on a GPU LightningDiT's blocks, or the LPIPS of a fused tokenizer
     attention: str = "auto"  # LightningDiT's attention: a backend of vavae_kernels, see the table in README.md
     ema_decay: float = 0.9999
     ema_warmup: bool = False  # decay = min(ema_decay, (1 + step) / (10 + step)): for short runs

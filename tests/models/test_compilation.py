@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vavae_fast.models import LightningDiT
-from vavae_fast.models.compilation import compile_forward
+from vavae_fast.models.compilation import compile_forward, compile_in_training
 from vavae_fast.training.averaged import evaluating
 
 DEPTH = 10  # more blocks than the compiler would make graphs of before it gives up
@@ -81,3 +81,21 @@ def test_what_looks_at_a_model_in_training_makes_no_graphs():
             model(x[:1].expand(count, -1, -1, -1), t[:1].expand(count), y[:1].expand(count))
     model(x, t, y)
     assert counter.frame_count == made == 2
+
+
+def test_a_frozen_judge_is_compiled_for_the_calls_that_are_differentiated():
+    """Others come in many batch sizes. Weights want no gradient, so the graph holds none of theirs."""
+    from vavae_fast.models.standins import StandInPerceptual
+
+    torch.manual_seed(0)
+    judge = StandInPerceptual(widths=(8, 8)).requires_grad_(False).eval()
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8, requires_grad=True)
+    expected = torch.autograd.grad(judge(x, y).sum(), [y])[0]
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_in_training(judge, counter)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(judge(x, y).sum(), [y])[0], expected)
+    with torch.no_grad():
+        for count in range(1, 14):
+            judge(x[:1].expand(count, -1, -1, -1), x[:1].expand(count, -1, -1, -1))
+    assert counter.frame_count == 1

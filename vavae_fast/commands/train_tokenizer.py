@@ -192,6 +192,8 @@ def _state(plan: TokenizerPlan, world, log):
     import torch
 
     from vavae_fast.commands import build
+    from vavae_fast.models.compilation import compile_in_training
+    from vavae_fast.models.inference import round_weights
     from vavae_fast.training.guard import Guard
     from vavae_fast.training.one_pass import one_pass_gradients
     from vavae_fast.training.tokenizer import TokenizerState, plain_gradients
@@ -206,9 +208,15 @@ def _state(plan: TokenizerPlan, world, log):
     bf16 = build.bf16(_precision(config), world.device)
     if foundation is not None and bf16 and world.device.type == "cuda":
         foundation.round_weights(torch.bfloat16)
+    layout = torch.channels_last if config.train.fused else torch.preserve_format
     for network in (autoencoder, projection, discriminator, foundation, perceptual):
         if network is not None:
-            network.to(world.device)
+            network.to(world.device, memory_format=layout)
+    if perceptual is not None and config.train.fused:
+        if bf16:
+            round_weights(getattr(perceptual, "net", perceptual))  # of VGG alone: LPIPS weighs channels in fp32
+        if build.compiled_regions(config.train.compile, world.device) != "none":
+            compile_in_training(perceptual)
     trained = [*autoencoder.parameters(), *(() if projection is None else projection.parameters())]
     adam = dict(lr=config.model.base_learning_rate, betas=(0.5, 0.9), fused=True)
     return TokenizerState(
@@ -217,6 +225,7 @@ def _state(plan: TokenizerPlan, world, log):
         stages=tuple(map(_stage, plan.stages)), guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, watches="nll"),
         world=world, seed=config.train.global_seed, bf16=bf16, reverse_proj=config.model.params.reverse_proj,
         gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
+        foundation_stream=torch.cuda.Stream(world.device) if config.train.fused and world.device.type == "cuda" else None,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""torch.compile for LightningDiT, by region or as a whole.
+"""torch.compile for LightningDiT, by region or as a whole, and for LPIPS in a tokenizer's training.
 
 By region: one graph for a block, compiled once and shared by all blocks of a model, in seconds instead of minutes. Only `forward`
 is compiled, so that hooks on a module, FSDP's among them, stay outside; keys of the state dict do not change.
@@ -21,6 +21,18 @@ def compile_forward(model: LightningDiT, regions: Regions, backend: str = "induc
     compiled = {"none": (), "blocks": model.blocks, "model": (model,)}
     for module in compiled[regions]:
         module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True, backend=backend)
+
+
+def compile_in_training(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile a frozen network's forward in place, as one graph for fixed shapes, for the calls that are differentiated; others run as before.
+
+    LPIPS is what this pays for: half of all bytes that a tokenizer's step moves between convolutions and norms are its biases, ReLUs and
+    distances, which become a pass over each map. It is of no use to a network whose weights are trained: a compiled backward pass makes
+    every gradient, where the one-pass step asks for the images' and the weights' apart.
+    """
+    as_written = network.forward
+    compiled = torch.compile(as_written, dynamic=False, fullgraph=True, backend=backend)
+    network.forward = lambda *images: (compiled if torch.is_grad_enabled() else as_written)(*images)
 
 
 @contextmanager
