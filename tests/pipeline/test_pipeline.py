@@ -119,6 +119,20 @@ def test_progress_is_told(pipeline):
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
+def test_a_compiled_model_sees_batches_of_one_size(monkeypatch):
+    from vavae_fast.pipeline import pipeline as module
+
+    seen = []
+
+    def uncompiled(model, device, precision, regions, graphs):
+        assert regions == "blocks"
+        return lambda x, t, y: seen.append(len(x)) or model(x, t, y)
+
+    monkeypatch.setattr(module, "predictor", uncompiled)
+    draw = lambda **more: VAVAEPipeline(parts(), device="cpu", compile="blocks")([0] * 3, seed=0, batch_size=2, output_type="latent", **more).images
+    assert draw(guidance_scale=1).shape == (3, 4, 2, 2) and set(seen) == {2}
+
+
 @pytest.mark.parametrize("given, words", [
     (dict(labels=[3]), "labels: must be a class number from 0 to 2, or a name of .labels, got 3"),
     (dict(labels=[-1]), "labels: must be a class number"), (dict(labels=[1.0]), "labels: must be a class number"),
@@ -161,6 +175,10 @@ def test_encode_and_decode_are_the_tokenizer_s(pipeline):
     made_of = pipeline._parts
     images = pipeline([0, 1], seed=0).images
     array = pixels(images)
+    with torch.enable_grad():
+        weight = torch.ones((), requires_grad=True)
+        (pipeline.encode(images) * weight).sum().backward()
+    assert weight.grad is not None, "latents may be used in training"
     z = pipeline.encode(images)
     unit = torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.equal(z, made_of.tokenizer.encode(unit).mode())
@@ -223,7 +241,11 @@ def test_devices_and_dtypes_that_are_none(given, words):
 def test_a_gpu_that_is_not_there(pipeline):
     with pytest.raises(BadInput, match="no CUDA GPU"):
         pipeline.to("cuda")
-    assert pipeline.device.type == "cpu"
+    with pytest.raises(BadInput, match="dtype: must be"):
+        pipeline.to("cpu", torch.float16)
+    with pytest.raises(BadInput, match="fp8"):
+        pipeline.to(dtype="fp8")
+    assert pipeline.device.type == "cpu" and pipeline.dtype == torch.float32 and pipeline([0], seed=0), "as it was"
 
 
 def test_parts_that_do_not_belong_together():

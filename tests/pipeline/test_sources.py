@@ -29,7 +29,7 @@ def release(tmp_path_factory):
     torch.save({"state_dict": {**vae.state_dict(), **of_training}}, folder / RELEASED_TOKENIZER)
     mean, std = statistics()
     torch.save({"mean": mean, "std": std}, folder / "latents_stats.pt")
-    return SimpleNamespace(folder=folder, model=model, tokenizer=vae, mean=mean, std=std)
+    return SimpleNamespace(folder=folder, model=model, other=other, tokenizer=vae, mean=mean, std=std)
 
 
 def loaded(path, **more):
@@ -54,6 +54,11 @@ def test_released_files_are_drawn_from_as_they_were_published(release, tmp_path,
     assert pipeline.image_size == 32 and pipeline.num_classes == 3
     images = pipeline([2], guidance_scale=10, num_inference_steps=4, seed=0).images
     assert images[0].size == (32, 32)
+
+
+def test_the_weights_that_were_not_averaged_by_choice(release):
+    pipeline = loaded(release.folder, weights="model")
+    assert all(torch.equal(a, b) for a, b in zip(pipeline.lightningdit.state_dict().values(), release.other.state_dict().values(), strict=True))
 
 
 def test_a_release_that_is_saved_is_the_same_pipeline(release, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,26 @@ def trained_lightningdit(config: LightningDiTConfig, checkpoint: str | None, whi
     """The model with the weights of `checkpoint`, or of the config's `ckpt_path`, in eval mode, without gradients."""
     path = given_path(checkpoint or config.ckpt_path, "--checkpoint" if checkpoint else "ckpt_path", "the LightningDiT weights")
     state, identity = dit_weights(path, which)
-    model = lightningdit(config)
-    load_strict(model, state, identity["path"])
-    return model.eval().requires_grad_(False), identity
+    return lightningdit_of(config, state, identity["path"]), identity
+
+
+def lightningdit_of(config: LightningDiTConfig, state: Mapping[str, Tensor], source: str | Path) -> LightningDiT:
+    """The model of a config with the weights `state`, in eval mode, without gradients, on the CPU. `source` names them in errors."""
+    with torch.device("meta"):  # nothing is initialised, which takes XL/1 half a minute
+        model = lightningdit(config)
+    model = model.to_empty(device="cpu")
+    load_strict(model, state, source)
+    return model.eval().requires_grad_(False)
 
 
 CHECKED_WHOLE = 2000  # images of a set that is decoded before the stage begins; of a larger one a bad image shows when it is read
 
 
-def images(path: Path | str, size: int, crop: str = "center") -> Images:
-    """The images at `path`, those of a small set all decoded once, so that a bad one is named before anything is written."""
-    opened = open_images(path, size=size, crop=crop)
+def images(path: Path | str, size: int, crop: str = "center", backend: str = "auto", max_corrupt: float = 0.0) -> Images:
+    """The images at `path`, those of a small set all decoded once, so that more bad ones than may be are named before anything is written."""
+    opened = open_images(path, size=size, crop=crop, backend=backend)
     if len(opened) <= CHECKED_WHOLE:
-        opened.check(decode_all=True)
+        opened.check(decode_all=True, allowed=int(max_corrupt * len(opened)))
     return opened
 
 

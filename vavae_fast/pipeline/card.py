@@ -72,7 +72,7 @@ _TRAINING = {
     "run": "run",
     "file": "converted from",
     "weights": "weights",
-    "sha256": "sha256 of those weights",
+    "sha256": "sha256 of the weights there",
     "steps": "steps",
     "batch": "batch",
     "epochs": "epochs",

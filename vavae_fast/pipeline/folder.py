@@ -19,7 +19,7 @@ from vavae_fast.data.latents import read_statistics, write_statistics
 from vavae_fast.data.shards import STATISTICS
 from vavae_fast.errors import BadInput, is_number, require
 from vavae_fast.models.lightningdit_cost import parameter_count
-from vavae_fast.models.weights import autoencoder_architecture, load_autoencoder, load_strict, read_state_dict
+from vavae_fast.models.weights import autoencoder_architecture, load_autoencoder, read_state_dict
 from vavae_fast.pipeline import card
 from vavae_fast.pipeline.parts import GROUPS, Parts, sampling_config, unnormalised
 from vavae_fast.training.checkpoint import files_fault, write_tensors
@@ -102,10 +102,7 @@ def read(path: Path, fused: bool) -> Parts:
         config = sampling_config(content, fused)
     except BadInput as error:
         raise BadInput(f"{path / CONFIG}: {error}; it was written by vavae-fast {manifest['versions']['vavae_fast']}") from None
-    model = build.lightningdit(config)
-    load_strict(model, read_state_dict(path / LIGHTNINGDIT), path / LIGHTNINGDIT)
+    model = build.lightningdit_of(config, read_state_dict(path / LIGHTNINGDIT), path / LIGHTNINGDIT)
     tokenizer = load_autoencoder(path / TOKENIZER, content["tokenizer"], fused)
     mean_std = read_statistics(path / STATISTICS, config.model.in_chans) if config.data.latent_norm else unnormalised(config)
-    return Parts(
-        config, model.eval().requires_grad_(False), tokenizer.requires_grad_(False), *mean_std, tuple(content["class_names"]), manifest["origin"]
-    )
+    return Parts(config, model, tokenizer.requires_grad_(False), *mean_std, tuple(content["class_names"]), manifest["origin"])

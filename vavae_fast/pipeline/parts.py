@@ -149,10 +149,13 @@ def released_file(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def from_release(path: Path, tokenizer: Path | None, statistics: Path | None, preset: str | None, fused: bool) -> Parts:
+def from_release(
+    path: Path, tokenizer: Path | None, statistics: Path | None, weights: str | None, preset: str | None, fused: bool
+) -> Parts:
     """A LightningDiT in the reference's layout; its architecture is read off the weights, its sampler's settings go by its name.
 
-    Tokenizer and `latents_stats.pt` lie beside it, or are given; the statistics may lie beside the tokenizer too.
+    weights: which to take of a checkpoint that has both, "ema" by default. Tokenizer and `latents_stats.pt` lie beside it, or are
+    given; the statistics may lie beside the tokenizer too.
     """
     preset = preset or RELEASED.get(path.name)
     if preset is None:
@@ -167,8 +170,8 @@ def from_release(path: Path, tokenizer: Path | None, statistics: Path | None, pr
         raise BadInput(f"{places[0]}: missing; give it by latents_stats=, or fetch it from {RELEASED_TOKENIZER_REPOSITORY} of the hub")
     config = _released_config(path, fused)
     autoencoder = build.tokenizer(config, str(tokenizer))
-    model, identity = build.trained_lightningdit(config, str(path))
-    origin = dict(weights="ema", sha256=identity["sha256"], file=path.name)
+    model, identity = build.trained_lightningdit(config, str(path), weights or "ema")
+    origin = dict(sha256=identity["sha256"], file=path.name)
     parts = Parts(config, model, autoencoder, *read_statistics(statistics, config.model.in_chans), origin=origin)
     return with_preset(parts, preset)
 

@@ -3,7 +3,8 @@
 import copy
 import difflib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -161,15 +162,13 @@ class VAVAEPipeline:
         """Draw on `device` with matrix products in `dtype` from now on; as with modules, a dtype may stand alone. Returns itself."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if device is not None:
-            self._device = _device(device)
-        if dtype is not None:
-            precision = _PRECISIONS.get(dtype, dtype)
-            require(precision in _WORDS, "dtype", dtype, f"torch.float32, torch.bfloat16, or one of {', '.join(_WORDS)}")
-            self.config = replace(self.config, sample=replace(self.config.sample, precision=precision))
-        if self.config.sample.precision == "fp8":
-            require_fp8(self.device, "dtype 'fp8'", "torch.bfloat16")
-        self._running = None
+        there = self._device if device is None else _device(device)
+        precision = self.config.sample.precision if dtype is None else _PRECISIONS.get(dtype, dtype)
+        require(precision in _WORDS, "dtype", dtype, f"torch.float32, torch.bfloat16, or one of {', '.join(_WORDS)}")
+        if precision == "fp8":
+            require_fp8(there, "dtype 'fp8'", "torch.bfloat16")
+        self.config = replace(self.config, sample=replace(self.config.sample, precision=precision))
+        self._device, self._running = there, None
         return self
 
     def __repr__(self) -> str:
@@ -225,7 +224,7 @@ class VAVAEPipeline:
         else:
             batches = generate_images(latents, run.decode, run.scale)
         drawn, done = [], 0
-        with matmul_precision(self._precision):
+        with self._arithmetic():
             for index, batch in batches:
                 drawn.append(batch)
                 done += len(index)
@@ -280,27 +279,27 @@ class VAVAEPipeline:
 
     # -- the tokenizer alone ------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Any, seed: int | None = None) -> Tensor:
         """Images -> latents (N, C, h, w) float32 on `device`: the posterior's mean, or with a seed a draw of it.
 
         images: a PIL image or a list of them; an array (N, H, W, 3) or tensor (N, 3, H, W), uint8 or float in [0, 1]. All of one size,
         a multiple of the tokenizer's ratio.
         """
-        with matmul_precision(self._precision):
+        with self._arithmetic():
             posterior = self._run().encode(as_input(images).to(self.device))
         if seed is None:
             return posterior.mode()
         index = torch.arange(len(posterior.mean), device=self.device)
         return posterior.sample(noise=rng.normal(_seed(seed, None), index, like=posterior.mean, stream=rng.Stream.POSTERIOR))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Latents (N, C, h, w), not normalised, as `encode` and output_type "latent" give them -> images, as `output_type` says."""
         require(output_type in OUTPUTS, "output_type", output_type, f"one of {', '.join(OUTPUTS)}")
         require(isinstance(latents, Tensor) and latents.ndim == 4 and len(latents) > 0, "latents", type(latents).__name__, "a tensor (N, C, h, w)")
         decode = self._run().decode
-        with matmul_precision(self._precision):
+        with self._arithmetic():
             return as_output(torch.cat([to_uint8(decode(z)).cpu() for z in latents.to(self.device).split(_DECODED)]), output_type)
 
     # -- what runs ----------------------------------------------------------------------------------------------------
@@ -309,6 +308,13 @@ class VAVAEPipeline:
     def _precision(self) -> str:
         asked = self.config.sample.precision
         return ("bf16" if build.bf16(asked, self.device) else "fp32") if asked == "auto" else asked
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Inside, this device is the current one (graphs are captured on it), and products have the precision asked for."""
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with here, matmul_precision(self._precision):
+            yield
 
     def _run(self) -> "_Running":
         if self._running is None:

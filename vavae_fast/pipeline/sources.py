@@ -42,7 +42,7 @@ def find(
             raise BadInput(f"{path}: no saved pipeline, no run (checkpoints/) and no released lightningdit-*.pt in it; give the folder of one")
         if not here and vae is None and not (released.parent / parts.RELEASED_TOKENIZER).is_file():
             vae = _tokenizer(parts.RELEASED_TOKENIZER_REPOSITORY, local_files_only)
-        return parts.from_release(released, vae, stats, preset, fused)
+        return parts.from_release(released, vae, stats, weights, preset, fused)
     return parts.with_preset(found, preset)
 
 
