@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vavae_fast.errors import BadInput
 from vavae_fast.models import foundation
@@ -186,6 +188,26 @@ def test_rounded_weights_change_features_by_their_rounding(name):
     assert 0 < (rounded.float() - exact).abs().mean() / scale < 0.02
     assert (rounded.float() - cast_each_call).abs().mean() / scale < 0.02
     assert F.cosine_similarity(rounded.float(), exact, dim=1).min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["dinov2-small", "dinov3-small", "mae-base", "clip-base", "siglip2-base", "sam-base", "ijepa"])
+def test_nothing_is_made_on_the_cpu_for_another_device(name):
+    """A copy from the CPU would wait for a GPU's queue at every step; the first call may, for what it then keeps."""
+    made = []
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            result = operator(*args, **(kwargs or {}))
+            made.extend((str(operator), t.device.type) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    with torch.device("meta"):
+        model = FoundationModel(PatchEncoder(foundation.build_transformer(FOUNDATION_MODELS[name].timm, depth=3)), grid=(3, 3)).to("meta")
+        x = torch.zeros(1, 3, 32, 48)
+    model(x)
+    with Devices():
+        model(x)
+    assert len(made) > 50 and {device for _, device in made} == {"meta"}, [name for name, device in made if device == "cpu"]
 
 
 def test_fp32_weights_run_under_autocast(tiny):

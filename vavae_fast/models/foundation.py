@@ -106,8 +106,8 @@ class PatchEncoder(nn.Module):
 
     The image is resized (bilinear) so that one patch covers `pixels_per_patch` of its pixels and h = H / pixels_per_patch,
     rounded up: at 16 a patch of 14 sees 256 pixels as 224. Fewer pixels a patch are finer features, at the cost of more
-    tokens. Tables of positions are interpolated to the grid; rotary and relative positions take any. Features come after
-    the last norm (of SAM after its neck); class and register tokens are dropped.
+    tokens. Tables of positions are interpolated to the grid as timm does, and the reference with it; rotary and relative
+    positions take any. Features come after the last norm (of SAM after its neck); class and register tokens are dropped.
 
     legacy: images go in as they are; else normalised with the mean and std that the transformer was trained with.
     """
@@ -119,6 +119,7 @@ class PatchEncoder(nn.Module):
         self.patch: int = transformer.patch_embed.patch_size[0]
         self.feature_dim: int = transformer.num_features
         self.makes_maps = _is_sam(transformer)  # (B, F, h, w) by itself, without other tokens
+        _keep_rotary_positions(transformer)
         self.prefix_tokens: int = 0 if self.makes_maps else transformer.num_prefix_tokens  # class and registers
         trained = transformer.pretrained_cfg
         self.input_size: int = trained["input_size"][-1]  # pixels a side that it was trained at
@@ -145,12 +146,31 @@ class PatchEncoder(nn.Module):
             x = F.interpolate(x, size=(h * self.patch, w * self.patch), mode="bilinear", align_corners=False, antialias=antialias)
         dtype = next(self.transformer.parameters()).dtype
         x = (x * self.gain + self.offset).to(dtype)
-        # Weights that are rounded already need no autocast, which would widen its norms to fp32 again.
-        with torch.autocast(x.device.type, enabled=False) if dtype.itemsize < 4 else nullcontext():
+        # Weights that are rounded already need no autocast, which would widen its norms to fp32 again. SAM's relative places
+        # are counted on the default device: elsewhere each of them would be copied over, and stop a GPU's queue.
+        with (torch.autocast(x.device.type, enabled=False) if dtype.itemsize < 4 else nullcontext(),
+              x.device if self.makes_maps else nullcontext()):  # fmt: skip
             features = self.transformer.forward_features(x)
         if self.makes_maps:
             return features
         return features[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+
+
+def _keep_rotary_positions(transformer: nn.Module) -> None:
+    """Compute them once a grid: timm does so on the CPU at every call, and each copy would stop a GPU's queue."""
+    rope = getattr(transformer, "rope", None)
+    if rope is None:
+        return
+    compute, known = rope.get_embed, {}
+
+    def get_embed(shape=None):
+        weight = next(transformer.parameters())
+        key = (shape, weight.device, weight.dtype)
+        if key not in known:
+            known[key] = compute(shape=shape)
+        return known[key]
+
+    rope.get_embed = get_embed
 
 
 def build_transformer(timm_name: str, from_hub: bool = False, depth: int | None = None) -> nn.Module:
