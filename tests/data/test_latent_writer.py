@@ -218,6 +218,7 @@ def test_bad_values_are_refused_before_they_are_written(tmp_path):
         writer(tmp_path / "x", dtype=torch.float16).append(latents, mirrored * 1e6, labels)
     with pytest.raises(BadInput, match="image 0 has the label -1; labels must be 0 or more"):
         writer(tmp_path / "x").append(latents, mirrored, labels - 1)
+    writer(tmp_path / "y").append(latents.clamp(1, 3) * 1e38, mirrored, labels)  # which are finite, though their sum is not
     for wrong in ((latents[:, :2], mirrored, labels), (latents, mirrored[1:], labels), (latents, mirrored, labels[1:])):
         with pytest.raises(ValueError, match="append"):
             writer(tmp_path / "x").append(*wrong)

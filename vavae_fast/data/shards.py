@@ -231,10 +231,10 @@ class Moments:
     @staticmethod
     def of(latents: Tensor, std: Tensor | None = None) -> "Moments":
         """latents (N, C, H, W), and the standard deviation of the noise to be added to each, of the same shape."""
-        values = latents.to(torch.float64).transpose(0, 1).flatten(1)
-        mean = values.mean(dim=1)
-        noise = torch.zeros_like(mean) if std is None else std.to(torch.float64).square_().sum(dim=(0, 2, 3))
-        return Moments(values.shape[1], mean, (values - mean[:, None]).square_().sum(dim=1), noise)
+        values = latents.to(torch.float64, copy=True).flatten(2)
+        mean = values.mean(dim=2).mean(dim=0)
+        noise = torch.zeros_like(mean) if std is None else _sums_of_squares(std.to(torch.float64).flatten(2))
+        return Moments(len(values) * values.shape[2], mean, _sums_of_squares(values.sub_(mean[:, None])), noise)
 
     @staticmethod
     def none(channels: int) -> "Moments":
@@ -264,3 +264,8 @@ class Moments:
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Moments":
         return Moments(int(value["count"]), *(torch.tensor(value[key], dtype=torch.float64) for key in ("mean", "squares", "noise")))
+
+
+def _sums_of_squares(values: Tensor) -> Tensor:
+    """(N, C, M) fp64 -> (C,). PyTorch takes norms on a CPU at three times the speed of squares and their sum."""
+    return torch.linalg.vector_norm(values, dim=2).square_().sum(dim=0)
