@@ -169,7 +169,7 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
 
     norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
     if state.weights.discriminator_factor(iteration) > 0:
-        norms[_as_if_stepped(state.optimizer_disc, iteration)] = _averaged_norm(state, state.discriminator.parameters())
+        norms[as_if_stepped(state.optimizer_disc, iteration)] = _averaged_norm(state, state.discriminator.parameters())
     ok = state.guard.step(norms, state.max_grad_norm)
     for now, before in zip(state.discriminator.buffers(), statistics):
         now.copy_(torch.where(ok, now, before))
@@ -229,7 +229,7 @@ def _averaged_norm(state: TokenizerState, parameters: Iterable[nn.Parameter]) ->
     return gradient_norm(parameters)
 
 
-def _as_if_stepped(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
+def as_if_stepped(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
     """Give an Adam that was never stepped the state that `steps` zero gradients would have left.
 
     The reference steps the discriminator from the first iteration, with a loss of 0 before its start; only the step
