@@ -11,7 +11,7 @@ from vavae_fast.tokenizer_schema import TokenizerConfig
 
 __all__ = [
     "SAMPLE_PRESETS", "Config", "LightningDiTConfig", "SampleConfig", "TokenizerConfig", "accumulation", "flatten",
-    "given_path", "load_config", "run_folder", "to_mapping", "to_yaml", "world_size",
+    "given_images", "given_path", "load_config", "run_folder", "to_mapping", "to_yaml", "world_size",
 ]  # fmt: skip
 
 Config = LightningDiTConfig | TokenizerConfig
@@ -49,6 +49,13 @@ def given_path(value: str | None, key: str, what: str) -> Path:
     if not Path(value).exists():
         raise BadInput(f"{key}: {value} does not exist; give {what}: {key}=PATH")
     return Path(value)
+
+
+def given_images(value: str | None, key: str, what: str) -> str:
+    """The images a config key holds. As `given_path`, but builtin ones and patterns of shards are for `open_images` to check."""
+    if value and (value.startswith("builtin:") or "*" in Path(value).name or "{" in Path(value).name):
+        return value
+    return str(given_path(value, key, what))
 
 
 def world_size() -> int:

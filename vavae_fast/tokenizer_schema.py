@@ -138,6 +138,11 @@ class TokenizerDataConfig:
     image_size: int | None = None  # null: ddconfig.resolution
     crop: Literal["random", "center"] = "random"
     flip: bool = False  # the reference does not flip
+    backend: Literal["auto", "pil", "fast", "dali"] = "auto"  # what decodes and cuts; auto: fast, or pil without a C++ compiler; the same pixels
+    max_corrupt: float = 0.001  # share of the images that may turn out unreadable: named, and replaced; more is an error
+
+    def __post_init__(self):
+        require(0 <= self.max_corrupt < 1, "max_corrupt", self.max_corrupt, "0 or more and below 1")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.runs import locked
-from vavae_fast.config import LightningDiTConfig, given_path, world_size
+from vavae_fast.config import LightningDiTConfig, given_images, world_size
 from vavae_fast.errors import BadInput, Interrupted, require
 
 EXAMPLE = "vavae-fast extract --config configs/tokenizer_f16d32.yaml --checkpoint vavae.pt --images imagenet/train --out latents/train"
@@ -112,8 +112,7 @@ def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
         config = replace(config, train=replace(config.train, fused=True))
     is_dit = isinstance(config, LightningDiTConfig)
     source = args.images or (config.data.path if is_dit else config.image_path)
-    if not (source or "").startswith("builtin:"):
-        given_path(source, "--images" if args.images else "data.path", "the folder of images")
+    given_images(source, "--images" if args.images else "data.path", "the folder of images")
     import torch
 
     from vavae_fast.commands import build

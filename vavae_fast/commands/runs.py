@@ -16,7 +16,7 @@ from vavae_fast.parsing import read_yaml
 
 # Keys that may change between two starts of one run: they say how it is run and watched, not what it computes.
 _FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.valid_path", "data.num_workers", "data.latents_in",
-         "data.params.num_workers", "train.ckpt", "train.log_every", "train.ckpt_every", "train.keep_", "train.micro_batch_size",
+         "data.params.num_workers", "data.max_corrupt", "train.ckpt", "train.log_every", "train.ckpt_every", "train.keep_", "train.micro_batch_size",
          "train.fused", "train.attention", "train.compile", "train.resume", "train.output_dir", "train.max_skipped", "train.max_rollbacks",
          "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.trainer.max_epochs", "lightning.trainer.strategy",
          "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark", "lightning.callbacks",

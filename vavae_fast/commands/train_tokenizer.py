@@ -9,7 +9,7 @@ from vavae_fast import artifacts
 from vavae_fast.commands.foundation_choice import check_same_module, foundation_argument, with_foundation
 from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
 from vavae_fast.commands.tokenizer_stages import PlannedStage, plan_stages, run_length
-from vavae_fast.config import TokenizerConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
+from vavae_fast.config import TokenizerConfig, accumulation, given_images, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 from vavae_fast.models.foundation_models import USER_MODEL
 from vavae_fast.training.boards import require_boards
@@ -75,7 +75,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     check_same_module(folder, args.foundation, args.override)
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.image_path or "path/to" in config.image_path)
-    path = None if placeholder or _builtin(config.image_path) else given_path(config.image_path, "data.path", "the folder of training images")
+    path = None if placeholder else given_images(config.image_path, "data.path", "the folder of training images")
     if config.start_weights and not resumes:
         given_path(config.start_weights, "weight_init", "the weights to start from")
     _precision(config)
@@ -86,7 +86,7 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     if not placeholder:
         from vavae_fast.commands import build
 
-        images = build.images(path or config.image_path, config.image_size, config.data.crop)
+        images = build.images(path, config.image_size, config.data.crop, config.data.backend, config.data.max_corrupt)
     from vavae_fast.commands.watch_tokenizer import plan_watch
 
     watch = plan_watch(config, images)
@@ -94,10 +94,6 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     run_length(config, stages)
     foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run, args.foundation)
     return TokenizerPlan(config, folder, micro, accumulated, processes, stages, resumes, images, foundation, perceptual, watch)
-
-
-def _builtin(path: str | None) -> bool:
-    return bool(path) and path.startswith("builtin:")
 
 
 def _frozen_weights_given(config: TokenizerConfig) -> None:
@@ -177,9 +173,12 @@ def _run(plan: TokenizerPlan, world) -> Path:
         start_run(plan.folder, config, facts | dict(device=str(world.device)))
     parameters = sum(p.numel() for p in state.autoencoder.parameters())
     model = f"f{config.downsample_ratio}d{config.model.params.embed_dim}, {parameters / 1e6:.2f} M parameters"
-    log.say(f"{model}, {len(plan.images):,} images, "
+    log.say(f"{model}, {len(plan.images):,} images ({plan.images.backend}), "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
-    stream = ImageStream(plan.images, c.global_seed, Share(config.global_batch_size, world.rank, world.size, plan.micro_batch), config.data.flip)
+    plan.images.device = world.device
+    share = Share(config.global_batch_size, world.rank, world.size, plan.micro_batch)
+    said = log.say if world.main else print  # a process that writes no log names the images that it alone met
+    stream = ImageStream(plan.images, c.global_seed, share, config.data.flip, config.data.max_corrupt, said)
     ends = {stage.name: stage.end for stage in plan.stages if stage.name is not None}
     keep = Retention(c.keep_last, c.keep_every, frozenset(ends.values()))
     settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep,

@@ -17,7 +17,7 @@ from vavae_fast import rng
 from vavae_fast.commands import build
 from vavae_fast.commands._pictures import similarity_rows
 from vavae_fast.commands.online_fid import LEAST, gathered, pool_statistics
-from vavae_fast.config import TokenizerConfig, given_path
+from vavae_fast.config import TokenizerConfig, given_images, given_path
 from vavae_fast.data.images import ImageBatch, Images
 from vavae_fast.distributed import World
 from vavae_fast.errors import BadInput
@@ -68,8 +68,7 @@ def plan_watch(config: TokenizerConfig, images: Images | None) -> TokenizerWatch
 
 def _held_out(config: TokenizerConfig) -> Images:
     path = config.data.valid_path
-    if not path.startswith("builtin:"):
-        given_path(path, "data.valid_path", "a folder of images that are not trained on")
+    given_images(path, "data.valid_path", "a folder of images that are not trained on")
     if config.image_path and Path(path).resolve() == Path(config.image_path).resolve():
         raise BadInput(f"data.valid_path: {path} is data.path, of which nothing is held out; give other images")
     return build.images(path, config.image_size)
