@@ -183,7 +183,7 @@ def test_two_processes_score_as_one(tiny, photos, out):
     (("--metrics", "lpips"), "--vgg: missing"), (("--metrics", "rfid"), "11 images, FID and sFID need 2048 or more"),
     (("--metrics", "psnr", "--image-size", "20"), "--image-size: must be a multiple of 8"), (("--metrics", "psnr", "--seed", "-1"), "--seed"),
     (("--metrics", "psnr", "--picture-num", "0"), "--picture-num"), (("--metrics", "psnr", "--samples", "x"), "--samples: only without"),
-    (("--metrics", "psnr", "--protocol", "best"), "--protocol"),
+    (("--metrics", "psnr", "--protocol", "best"), "--protocol"), (("--metrics", "psnr", "--bootstrap", "5"), "--bootstrap: only without"),
 ])  # fmt: skip
 def test_wrong_words(tiny, photos, capsys, more, said):
     assert main(words(tiny, photos, *more)) == 2

@@ -166,7 +166,7 @@ def _plan_reconstruction(args, metrics: list[str]) -> ReconstructionPlan:
     for flag, value, what in (("--vgg", args.vgg, "VGG16 weights (vgg16-397923af.pth)"), ("--lpips", args.lpips, "linear weights (vgg.pth)")):
         if "lpips" in metrics and not value:
             raise BadInput(f"{flag}: missing; LPIPS needs its {what}; give the file, or leave lpips out of --metrics")
-    for flag, value in (("--samples", args.samples), ("--reference", args.reference)):
+    for flag, value in (("--samples", args.samples), ("--reference", args.reference), ("--bootstrap", args.bootstrap)):
         if value:
             raise BadInput(f"{flag}: only without --reconstruction")
     seed, number = args.seed or 0, 8 if args.picture_num is None else args.picture_num
