@@ -34,9 +34,11 @@ class Counted:
 @dataclass(frozen=True)
 class OnHost:
     """What needs no GPU and belongs to no operator: latents_over_plain, the latent stream's speed over plain reading of the same files;
-    adamw_bytes, the most bytes a parameter that a step of csrc's host build moves."""
+    images_over_plain, that of decoding and cropping photos over a plain loader; adamw_bytes, the most bytes a parameter that a step of
+    csrc's host build moves."""
 
     latents_over_plain: float
+    images_over_plain: float
     adamw_bytes: float
 
 
