@@ -24,6 +24,7 @@ def arguments(parser) -> None:
     parser.add_argument("--images", help="images, class folders, .zip, .tar, .parquet or builtin:digits")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of shards")
     parser.add_argument("--checkpoint", metavar="CKPT", help="tokenizer weights; default: the config's")
+    parser.add_argument("--backend", choices=("auto", "pil", "fast", "dali"), default="auto", help="what decodes and cuts; dali: on the GPU")
     parser.add_argument("--posterior", choices=POSTERIORS, default="sample", help="what is stored (default: one sample, as the reference)")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise (default 0)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
@@ -57,7 +58,7 @@ class ExtractPlan:
         parameters, flops, activations = _cost(self.tokenizer, self.images.size, self.batch, 2 if self.bf16 else 4)
         pixels, waiting = 3 * self.images.size**2 * 3 * self.batch, min(WAITING_BYTES, share * writer.row_bytes)
         lines = dict(
-            images=f"{len(self.images):,} of {self.images.path}, {len(self.images.classes):,} classes",
+            images=f"{len(self.images):,} of {self.images.path}, {len(self.images.classes):,} classes, decoding: {self.images.backend}",
             latents=f"{writer.shape}, {writer.dtype}, {self.posterior} of the posterior, of each image and its mirror image",
             shards=f"{writer.shards:,} of at most {writer.shard_size:,} rows; {writer.done:,} of {writer.count:,} are there",
             work=f"{missing:,} images, {len(writer.todo):,} shards; by {self.processes} processes at most {share:,}, {len(longest):,} each",
@@ -118,15 +119,17 @@ def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
     from vavae_fast.commands import build
     from vavae_fast.data import LatentWriter
 
-    images = build.images(source, config.data.image_size if is_dit else config.image_size)
+    images = build.images(source, config.data.image_size if is_dit else config.image_size, backend=args.backend)
     if is_dit and len(images.classes) > config.data.num_classes:
         found = f"{len(images.classes)} class folders, data.num_classes is {config.data.num_classes}"
         raise BadInput(f"{source}: {found}; set data.num_classes={len(images.classes)}")
     tokenizer = build.tokenizer(config, args.checkpoint)
     ratio = tokenizer.downsample_ratio
     require(images.size % ratio == 0, "data.image_size", images.size, f"a multiple of {ratio}, by which the tokenizer downsamples")
-    bf16 = build.bf16(args.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = build.bf16(args.precision, device)
     facts = dict(images=str(source), fingerprint=images.fingerprint(), image_size=images.size, classes=list(images.classes), seed=args.seed,
+                 decoder="dali on a GPU" if args.backend == "dali" and device.type == "cuda" else "pillow's bits",
                  tokenizer=build.weights_digest(tokenizer), precision="bf16" if bf16 else "fp32", posterior=args.posterior)  # fmt: skip
     shape, dtype = (tokenizer.embed_dim, images.size // ratio, images.size // ratio), getattr(torch, args.dtype)
     writer = LatentWriter(args.out, shape, len(images), args.shard_size, dtype, facts, args.posterior == "mean+std", images.names)
@@ -145,6 +148,8 @@ def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
 
     writer, out = plan.writer, plan.writer.folder
     with open_world() as world, locked(out, "choose another --out") if world.main else nullcontext(), StopSignal() as stop:
+        plan.images.device = world.device
+        plan.images.threads = max(1, plan.images.threads // world.local_size)  # of the node's cores
         if world.main:
             writer.sweep()
         shards = world.from_main(writer.todo)  # what main found: others might see shards that it has written since
@@ -253,11 +258,11 @@ class _Encoder:
         return lambda: done.synchronize() or rows
 
     def _sent(self, tensor: Any) -> Any:
-        """On the device; on a GPU copied while the batch before is being encoded."""
+        """On the device, where DALI may have put it; to a GPU copied while the batch before is being encoded."""
         import torch
 
-        if self.copies is None:
-            return tensor.to(self.device)
+        if tensor.device == self.device:
+            return tensor
         with torch.cuda.stream(self.copies):
             sent = tensor.pin_memory().to(self.device, non_blocking=True)
         torch.cuda.current_stream().wait_stream(self.copies)
