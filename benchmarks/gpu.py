@@ -28,7 +28,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 
-from benchmarks import checks, operators, optimizers, steps, tuning
+from benchmarks import checks, operators, optimizers, steps, tokenizer_steps, tuning
 from benchmarks.ceilings import UNKNOWNS, Rates, bounds, ceilings
 from benchmarks.guards import read as read_guards
 from benchmarks.records import RESULTS, ROOT, Records, Row, lines, smi
@@ -201,6 +201,12 @@ def other_steps(bench: Bench) -> None:
         _compare(bench, step)
 
 
+def tokenizer(bench: Bench) -> None:
+    """Its training step, encoding, decoding, and the forms of doubling."""
+    for step in tokenizer_steps.REHEARSED if bench.rehearse else tokenizer_steps.STEPS:
+        _compare(bench, step, profile=step is tokenizer_steps.MAIN)
+
+
 def _measure(bench: Bench, case: operators.Case) -> None:
     last = f"{case.key}/{'backward' if case.spec.gradients else 'forward'}"
     if bench.missing(last):
@@ -253,7 +259,7 @@ def _write_configurations(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine, "ceilings": measured_ceilings, "unknowns": unknowns, "correctness": correctness, "step": main_step,
-    "operators": first_operators, "steps": other_steps, "more-operators": other_operators, "configs": configurations,
+    "tokenizer": tokenizer, "operators": first_operators, "steps": other_steps, "more-operators": other_operators, "configs": configurations,
 }  # fmt: skip
 
 

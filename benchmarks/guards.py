@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import optimizers, steps
+from benchmarks import optimizers, steps, tokenizer_steps
 from benchmarks.records import Row
 from vavae_kernels.testing.spec import Spec, specs
 
@@ -97,8 +97,9 @@ def read(path: Path = FILE) -> Guards:
         if name != checked_apart:
             counted[name] = Counted(*(file.numbers(guard[key], f"ops.{name}.{key}") for key in _names(Counted)))
         ops[name] = file.cases(guard["gpu"], f"ops.{name}.gpu", known.get(name))
-    named = [step.name for step in steps.STEPS]
-    by_step = {name: file.least(value, f"steps.{name}", tuple(steps.BASELINES)) for name, value in file.some(top["steps"], "steps", named)}
+    named = [step.name for step in (*steps.STEPS, *tokenizer_steps.STEPS)]
+    baselines = (*steps.BASELINES, *tokenizer_steps.BASELINES)
+    by_step = {name: file.least(value, f"steps.{name}", baselines) for name, value in file.some(top["steps"], "steps", named)}
     host = {key: file.number(value, f"host.{key}") for key, value in file.table(top["host"], "host", _names(OnHost)).items()}
     return Guards(counted, ops, by_step, OnHost(**host))
 

@@ -259,6 +259,33 @@ class Step:
         """As guards.yaml and the README have it: "train XL/1, batch 32, CUDA graph"."""
         return f"{self.what} {self.size}, batch {self.batch}" + (", CUDA graph" if self.graph else "") + (f", {self.label}" if self.label else "")
 
+    def compiles(self, arm: str) -> bool:
+        """Whether a way must compile a graph, or is no measurement."""
+        return arm not in EAGER_ARMS
+
+    def fitting(self, device: torch.device) -> int:
+        """The largest batch that can fit, as far as can be counted."""
+        return fitting_batch(self.size, self.batch, self.arms, device) if self.what == "train" else self.batch
+
+    def makers(self, device: torch.device, settings: "Settings") -> dict[str, Callable[[], Callable[[], Any]]]:
+        """What makes each way's call."""
+        if self.what == "block":
+            return {name: (lambda call=call: call) for name, call in block_calls(self.size, self.batch, device, settings.backend).items()}
+        base = base_model(self.size, device)
+        kind = TrainingStep if self.what == "train" else SamplingStep
+        model = lambda arm: in_the_way_of(arm, base, self.size, settings.backend, settings.reference)
+        return {name: lambda arm=ARMS[name]: kind(arm, model(arm), self.batch, device) for name in self.arms}
+
+    def facts(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """More for the row, of each way's median."""
+        if self.what == "block":
+            return {}
+        flops = flops_per_image(config(self.size)) * (3 if self.what == "train" else 2)
+        return dict(
+            images_per_second={name: round(self.batch / median, 2) for name, median in seconds.items()},
+            tflops={name: round(flops * self.batch / median / 1e12, 2) for name, median in seconds.items()},
+        )
+
 
 MAIN_ARMS = ("compiled blocks", "fused, compiled blocks", "fused")
 SAMPLING_ARMS = (*MAIN_ARMS, "fused, one attention kernel, compiled blocks")  # needs no gradient
@@ -309,19 +336,10 @@ class Arms:
         self.left_out: dict[str, str] = {}
         self.peak_gb: dict[str, float] = {}
         self.calls: dict[str, Callable[[], Any]] = {}
-        for name, make in self._makers(settings).items():
+        for name, make in step.makers(device, settings).items():
             self._try(name, make)
         if not self.calls:
             raise RuntimeError(f"no way of {step.name} runs: {self.left_out}")
-
-    def _makers(self, settings: Settings) -> dict[str, Callable[[], Callable[[], Any]]]:
-        step, device = self.step, self.device
-        if step.what == "block":
-            return {name: (lambda call=call: call) for name, call in block_calls(step.size, step.batch, device, settings.backend).items()}
-        base = base_model(step.size, device)
-        kind = TrainingStep if step.what == "train" else SamplingStep
-        model = lambda arm: in_the_way_of(arm, base, step.size, settings.backend, settings.reference)
-        return {name: lambda arm=ARMS[name]: kind(arm, model(arm), step.batch, device) for name in step.arms}
 
     def _try(self, name: str, make: Callable[[], Callable[[], Any]]) -> None:
         """Run an arm twice, note its memory; an arm without memory or package is left out, and the row says so."""
@@ -329,7 +347,7 @@ class Arms:
         call = None
         try:
             call = make()
-            with nullcontext() if name in EAGER_ARMS else self.dynamo.compiles(name):
+            with self.dynamo.compiles(name) if self.step.compiles(name) else nullcontext():
                 call()
             if cuda:
                 torch.cuda.synchronize(self.device)
@@ -356,7 +374,7 @@ def compare(step: Step, device: torch.device, settings: Settings, profile: bool 
 
     `FellBack` where a compiled arm did not run compiled. last plays the rounds: pytest-benchmark keeps its books of them.
     """
-    fitting = fitting_batch(step.size, step.batch, step.arms, device) if step.what == "train" else step.batch
+    fitting = step.fitting(device)
     while True:
         try:
             return _compare(step, replace(step, batch=fitting), device, settings, profile, last)
@@ -385,16 +403,10 @@ def _row(asked: Step, arms: Arms, race: Race) -> dict[str, Any]:
     step, timings = arms.step, race.timings
     fused = [name for name in timings if name.startswith("fused")]
     ours = min(fused, key=lambda name: timings[name].median) if fused else None
-    row = dict(
+    return dict(
         name=asked.name, what=step.what, size=step.size, batch=step.batch, ours=ours, how="graph" if step.graph else "calls",
         us={name: round(1e6 * t.median, 1) for name, t in timings.items()},
         spread={name: round(t.spread, 4) for name, t in timings.items()},
         ratio={name: round(race.ratio(name, ours), 4) for name in timings if ours and name != ours},
-        peak_gb=arms.peak_gb, left_out=arms.left_out,
+        peak_gb=arms.peak_gb, left_out=arms.left_out, **step.facts({name: t.median for name, t in timings.items()}),
     )  # fmt: skip
-    if step.what == "block":
-        return row
-    flops = flops_per_image(config(step.size)) * (3 if step.what == "train" else 2)
-    row["images_per_second"] = {name: round(step.batch / t.median, 2) for name, t in timings.items()}
-    row["tflops"] = {name: round(flops * step.batch / t.median / 1e12, 2) for name, t in timings.items()}
-    return row

@@ -1,4 +1,4 @@
-"""Training steps, sampling steps and a block of LightningDiT, fused against compiled and eager; VAVAE_REFERENCE adds the public code."""
+"""Steps of LightningDiT and of the tokenizer, fused against compiled and eager; VAVAE_REFERENCE adds the public code."""
 
 import os
 from dataclasses import replace
@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import steps
+from benchmarks import steps, tokenizer_steps
 from benchmarks.timing import subject_clock
 
 pytestmark = pytest.mark.gpu
 
 
 def pytest_generate_tests(metafunc):
-    found = steps.REHEARSED if metafunc.config.getoption("--rehearse") else steps.STEPS
+    rehearsed = (*steps.REHEARSED, *tokenizer_steps.REHEARSED)
+    found = rehearsed if metafunc.config.getoption("--rehearse") else (*steps.STEPS, *tokenizer_steps.STEPS)
     metafunc.parametrize("step", found, ids=[step.name for step in found])
 
 

@@ -124,7 +124,10 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode: images have shape {tuple(x.shape)}, expected (N, {self.in_channels}, H, W)")
         if x.shape[2] % ratio or x.shape[3] % ratio or 0 in x.shape[2:]:
             raise ValueError(f"encode: images are {x.shape[2]} x {x.shape[3]}, expected multiples of {ratio}; crop or resize them")
-        return DiagonalGaussian(self.quant_conv(self.encoder(self._taken(x))))
+        return DiagonalGaussian(self._moments(x))
+
+    def _moments(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(self._taken(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents z (N, embed_dim, h, w), not normalised -> images (N, out_ch, h r, w r), about [-1, 1]."""
