@@ -1,8 +1,8 @@
 // A crop of a resized image, to the bit as Pillow resizes and then cuts, but only those rows and columns are computed that the crop needs.
 //
 // Pillow's resize is two passes over 8-bit pixels, each a weighted sum with weights of 22 bits after the point, rounded back to 8 bits.
-// Integers leave no freedom: any order of summation gives its bits, so four rows or eight values go through at a time. Of a photo of
-// ImageNet the two passes take 3 ms in Pillow and a tenth of that here.
+// Integers leave no freedom: any order of summation gives its bits, so four rows or eight values go through at a time. On one core of an EPYC a
+// photo of ImageNet takes 2.5 ms in Pillow and 0.46 ms here, after 1.5 ms of decoding.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -305,6 +305,11 @@ Pixels four_bytes(const Source& source, int32_t left, int32_t right, int32_t top
     return {copy.data(), row_bytes, left, top};
 }
 
+// After an image that was far larger than most, its memory is given back.
+void release_if_large(std::vector<uint8_t>& kept) {
+    if (kept.capacity() > (16 << 20)) std::vector<uint8_t>().swap(kept);
+}
+
 template <typename Loops>
 void resized_crop(const Source& source, const Step* steps, int32_t count, int32_t left, int32_t top, int32_t size, uint8_t* out) {
     thread_local std::vector<uint8_t> scratch, copy, made[2];  // kept: fresh pages from the system cost more than the arithmetic
@@ -326,6 +331,7 @@ void resized_crop(const Source& source, const Step* steps, int32_t count, int32_
         pixels = {to.data(), 4 * int64_t(x.outputs.size()), last ? left : xs[count - 2 - s].begin, last ? top : ys[count - 2 - s].begin};
     }
     Loops::planes(pixels.data, int64_t(size) * size, out);
+    for (std::vector<uint8_t>* kept : {&scratch, &copy, &made[0], &made[1]}) release_if_large(*kept);
 }
 
 // Bilinear without antialiasing in float32, each operation rounded, first down and then across; halves go to even.
@@ -344,6 +350,7 @@ void bilinear_crop(const Source& source, int32_t width, int32_t height, int32_t 
         Loops::blend_across(blended.data(), begin, x, &square[4 * int64_t(size) * i]);
     }
     Loops::planes(square.data(), int64_t(size) * size, out);
+    release_if_large(copy);
 }
 
 }  // namespace
