@@ -44,7 +44,7 @@ def test_reading_encoding_and_writing_overlap(benchmark, tmp_path, monkeypatch):
 
     def extraction(folder):
         writer = LatentWriter(folder, (4, 4, 4), len(images), shard_size=1000)
-        run(ExtractPlan(images, SlowTokenizer(), writer, "sample", seed=0, batch=BATCH, bf16=False, processes=1))
+        run(ExtractPlan(images, SlowTokenizer(), writer, "sample", seed=0, batch=BATCH, precision="fp32", processes=1))
 
     began = time.perf_counter()
     benchmark.pedantic(extraction, args=(tmp_path / "latents",), rounds=1)

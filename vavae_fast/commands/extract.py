@@ -30,7 +30,8 @@ def arguments(parser) -> None:
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="latents a shard (default 10,000, as the reference)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the stored latents")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32", help="of the encoder (default fp32, as the reference)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "tf32", "fp32"), default="tf32",
+                        help="of the encoder; auto: bf16 on a GPU (default tf32, as the reference; on a CPU that is fp32)")  # fmt: skip
     parser.add_argument("--fused", action="store_true", help="run the fused operators (= train.fused=true)")
     parser.add_argument("--stats-only", action="store_true", help="only compute latents_stats.pt of the shards in --out")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N processes")
@@ -46,7 +47,7 @@ class ExtractPlan:
     posterior: str
     seed: int
     batch: int
-    bf16: bool
+    precision: str  # bf16, tf32 or fp32
     processes: int
 
     def describe(self) -> str:
@@ -55,7 +56,7 @@ class ExtractPlan:
         writer, size, missing = self.writer, artifacts.readable_bytes, self.writer.count - self.writer.done
         longest = writer.todo[:: self.processes]
         share = sum(map(writer.rows, longest))
-        parameters, flops, activations = _cost(self.tokenizer, self.images.size, self.batch, 2 if self.bf16 else 4)
+        parameters, flops, activations = _cost(self.tokenizer, self.images.size, self.batch, 2 if self.precision == "bf16" else 4)
         pixels, waiting = 3 * self.images.size**2 * 3 * self.batch, min(WAITING_BYTES, share * writer.row_bytes)
         lines = dict(
             images=f"{len(self.images):,} of {self.images.path}, {len(self.images.classes):,} classes, decoding: {self.images.backend}",
@@ -63,7 +64,7 @@ class ExtractPlan:
             shards=f"{writer.shards:,} of at most {writer.shard_size:,} rows; {writer.done:,} of {writer.count:,} are there",
             work=f"{missing:,} images, {len(writer.todo):,} shards; by {self.processes} processes at most {share:,}, {len(longest):,} each",
             disk=f"{size(writer.count * writer.row_bytes)} in {writer.folder}, {size(missing * writer.row_bytes)} of them to be written",
-            encoder=f"{parameters / 1e6:.1f} M parameters, 2 x {flops / 1e9:.1f} GFLOP an image, {'bf16' if self.bf16 else 'fp32'}",
+            encoder=f"{parameters / 1e6:.1f} M parameters, 2 x {flops / 1e9:.1f} GFLOP an image, {self.precision}",
             memory=f"a process: about {size(activations)} of activations, {size(pixels)} of pixels, {size(waiting)} of latents before the disk",
         )
         return "\n".join(f"{key:<11}{line}" for key, line in lines.items()) + "\nnothing was written"
@@ -126,14 +127,14 @@ def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
     tokenizer = build.tokenizer(config, args.checkpoint)
     ratio = tokenizer.downsample_ratio
     require(images.size % ratio == 0, "data.image_size", images.size, f"a multiple of {ratio}, by which the tokenizer downsamples")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = build.bf16(args.precision, device)
+    on_gpu = torch.cuda.is_available()
+    precision = {"auto": "bf16" if on_gpu else "fp32", "tf32": "tf32" if on_gpu else "fp32"}.get(args.precision, args.precision)
     facts = dict(images=str(source), fingerprint=images.fingerprint(), image_size=images.size, classes=list(images.classes), seed=args.seed,
-                 decoder="dali on a GPU" if args.backend == "dali" and device.type == "cuda" else "pillow's bits",
-                 tokenizer=build.weights_digest(tokenizer), precision="bf16" if bf16 else "fp32", posterior=args.posterior)  # fmt: skip
+                 decoder="dali on a GPU" if args.backend == "dali" and on_gpu else "pillow's bits",
+                 tokenizer=build.weights_digest(tokenizer), precision=precision, posterior=args.posterior)  # fmt: skip
     shape, dtype = (tokenizer.embed_dim, images.size // ratio, images.size // ratio), getattr(torch, args.dtype)
     writer = LatentWriter(args.out, shape, len(images), args.shard_size, dtype, facts, args.posterior == "mean+std", images.names)
-    return ExtractPlan(images, tokenizer, writer, args.posterior, args.seed, args.batch, bf16, processes or world_size())
+    return ExtractPlan(images, tokenizer, writer, args.posterior, args.seed, args.batch, precision, processes or world_size())
 
 
 def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
@@ -144,6 +145,7 @@ def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
         print(f"extract  {write_statistics(plan.out, latent_statistics(plan.out))}")
         return plan.out
     from vavae_fast.distributed import open_world
+    from vavae_fast.models.inference import matmul_precision
     from vavae_fast.training.loop import StopSignal
 
     writer, out = plan.writer, plan.writer.folder
@@ -155,7 +157,7 @@ def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
         shards = world.from_main(writer.todo)  # what main found: others might see shards that it has written since
         shares = [shards[rank :: world.size] for rank in range(world.size)]
         writer.take(shares[world.rank])
-        with writer:
+        with writer, matmul_precision(plan.precision):
             encoded = _encode(plan, shares, world, stop)
             hashes = writer.finish() if encoded else None
         hashes = world.gathered(hashes)
@@ -238,7 +240,11 @@ class _Encoder:
     def __init__(self, plan: ExtractPlan, device: Any):
         import torch
 
+        from vavae_fast.models.inference import round_weights
+
         self.tokenizer = plan.tokenizer.to(device, memory_format=torch.channels_last)
+        if plan.precision == "bf16":
+            round_weights(self.tokenizer)
         self.plan, self.device = plan, device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -276,7 +282,7 @@ class _Encoder:
         from vavae_fast import rng
         from vavae_fast.pixels import to_unit
 
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
             posterior = self.tokenizer.encode(to_unit(pixels).contiguous(memory_format=torch.channels_last))
         if self.plan.posterior == "sample":
             noise = rng.normal(self.plan.seed, counter, like=posterior.mean, stream=rng.Stream.POSTERIOR)
