@@ -70,7 +70,12 @@ class TokenizerStep(Step):
 
     def makers(self, device: torch.device, settings: Settings) -> dict[str, Callable[[], Call]]:
         make = dict(tokenizer=_training, encode=_encoding, decode=_decoding, doubling=_doubling)[self.what]
-        return {arm: lambda arm=arm: make(self, arm, device, settings) for arm in self.arms}
+
+        def seeded(arm: str) -> Call:
+            torch.manual_seed(0)  # the same weights and images for every way
+            return make(self, arm, device, settings)
+
+        return {arm: lambda arm=arm: seeded(arm) for arm in self.arms}
 
     def facts(self, seconds: dict[str, float]) -> dict[str, Any]:
         if self.what == "doubling":
@@ -101,7 +106,6 @@ ON_CPU = (  # what a CPU has to say: products and bytes are fewer there too
 
 
 def _training(step: TokenizerStep, arm: str, device: torch.device, settings: Settings) -> Call:
-    torch.manual_seed(0)
     if arm == "public code":
         return _public_step(step, device, settings.reference)
     fused, bf16 = arm.startswith("fused"), not arm.endswith("fp32")
@@ -220,7 +224,6 @@ def _public_step(step: TokenizerStep, device: torch.device, reference: Path | No
 
 def _inference(step: TokenizerStep, arm: str, device: torch.device, settings: Settings, method: str, x: Tensor) -> Call:
     """The tokenizer's `method` without gradients. In bf16 all weights are rounded beforehand."""
-    torch.manual_seed(0)
     bf16 = arm != "plain fp32"
     network = AutoencoderKL(**SIZES[step.size], fused=arm.startswith("fused")).to(device).eval().requires_grad_(False)
     if bf16:

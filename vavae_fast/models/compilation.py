@@ -26,8 +26,8 @@ def compile_forward(model: LightningDiT, regions: Regions, backend: str = "induc
 def compile_in_training(network: nn.Module, backend: str = "inductor") -> None:
     """Compile a frozen network's forward in place, as one graph for fixed shapes, for the calls that are differentiated; others run as before.
 
-    LPIPS is what this pays for: half of all bytes that a tokenizer's step moves between convolutions and norms are its biases, ReLUs and
-    distances, which become a pass over each map. It is of no use to a network whose weights are trained: a compiled backward pass makes
+    LPIPS is what this pays for: its biases, ReLUs and distances are a quarter of all bytes that a tokenizer's step moves beside its
+    convolutions, and become a pass over each map. It is of no use to a network whose weights are trained: a compiled backward pass makes
     every gradient, where the one-pass step asks for the images' and the weights' apart.
     """
     as_written = network.forward
