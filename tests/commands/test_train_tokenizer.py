@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import contents, done, files, metrics
 
 from vavae_fast.cli import main
@@ -91,3 +91,49 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(tiny, out, capsys):
     done("train-tokenizer", *tiny.tokenizer(out), "--dry-run")
     said = capsys.readouterr().out
     assert "f8d4: 0.02 M parameters" in said and "16 images, 2 classes" in said and "(new)" in said and not out.exists()
+
+
+def test_dry_run_predicts_memory_and_operations_of_all_networks(tiny, out, capsys):
+    """Only what is trained is in a checkpoint, twice more as moments."""
+    done("train-tokenizer", *tiny.tokenizer(out), "--dry-run", "train.precision=bf16", "train.fused=true")
+    said = capsys.readouterr().out
+    assert "foundation 0.0" in said and "perceptual 0.0" in said and "discriminator 0.0" in said
+    assert "GFLOP a training image, all networks, with the GAN" in said and "per GPU in bf16, predicted" in said
+    assert "one: 4 steps, to 4; lr 0.001 (not scaled); GAN from iteration 3, weight 0.5; VF weight 0.1, margins 0.1 and 0.2" in said
+
+
+# -- weights and sizes that do not fit: one line before anything is written -------------------------------------------
+
+
+def some_weights(path, **shapes):
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    return path
+
+
+def lpips(files):
+    return [f"perceptual.vgg_weights={files['resnet']}", f"perceptual.linear_weights={files['linear']}"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (lambda t, files: ["perceptual.standin=null"], "perceptual.vgg_weights: not set; give torchvision's VGG16 weights"),
+    (lambda t, files: ["perceptual.standin=null", f"perceptual.vgg_weights={files['resnet']}"], "perceptual.linear_weights: not set"),
+    (lambda t, files: ["perceptual.standin=null", *lpips(files)],
+     "unexpected: conv1.weight"),
+    (lambda t, files: ["perceptual.standin=null", f"perceptual.vgg_weights={files['resnet']}", f"perceptual.linear_weights={files['resnet']}"],
+     "holds no linear layers"),
+    (lambda t, files: ["perceptual.standin=null", *lpips(files), "data.image_size=8", "model.params.ddconfig.resolution=8"],
+     "LPIPS needs 16 pixels, data.image_size is 8; set perceptual_weight=0"),
+    (lambda t, files: ["model.params.use_vf=dinov2-small"], "foundation.weights: not set"),
+    (lambda t, files: ["model.params.use_vf=dinov2-small", f"foundation.weights={files['resnet']}"], "resnet.safetensors: "),
+    (lambda t, files: ["data.image_size=32"], "an encoder of 16-pixel images, data.image_size is 32"),
+    (lambda t, files: ["data.image_size=20"], "data.image_size 20 is not a multiple of the downsampling factor 8"),
+    (lambda t, files: [f"foundation.standin={t.root / 'perceptual.safetensors'}"], "no encoder"),
+    (lambda t, files: [f"weight_init={files['resnet']}"], "resnet.safetensors: "),
+])  # fmt: skip
+def test_weights_of_another_model_and_sizes_that_do_not_fit(tiny, out, tmp_path, capsys, words, said):
+    linear = {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate((64, 128, 256, 512, 512))}
+    found = dict(resnet=some_weights(tmp_path / "resnet.safetensors", **{"conv1.weight": (4, 3, 7, 7)}),
+                 linear=some_weights(tmp_path / "vgg.safetensors", **linear))  # fmt: skip
+    assert main(["train-tokenizer", *tiny.tokenizer(out, "t", *words(tiny, found))]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not out.exists()

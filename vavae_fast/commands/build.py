@@ -22,7 +22,7 @@ from vavae_fast.models.foundation import FoundationModel, create_foundation_mode
 from vavae_fast.models.foundation_models import USER_MODEL
 from vavae_fast.models.lightningdit import LightningDiT, create_lightningdit
 from vavae_fast.models.perceptual import LPIPS
-from vavae_fast.models.standins import load_standin
+from vavae_fast.models.standins import StandInEncoder, load_standin
 from vavae_fast.models.user_model import load_user_model
 from vavae_fast.models.weights import autoencoder_state, load_autoencoder, load_strict, read_state_dict
 from vavae_fast.schema import TransportConfig
@@ -103,10 +103,7 @@ def tokenizer(config: Config, checkpoint: str | None = None) -> AutoencoderKL:
     key = "vae.ckpt_path" if is_dit else "ckpt_path"
     own = config.vae.ckpt_path if is_dit else config.ckpt_path
     path = given_path(checkpoint or own, "--checkpoint" if checkpoint else key, "the tokenizer's weights")
-    if path.is_dir():
-        model = _from_checkpoint(checkpoint_folder(path), config.train.fused)
-    else:
-        model = load_autoencoder(path, None if is_dit else architecture(config), config.train.fused)
+    model = tokenizer_alone(path, None if is_dit else architecture(config), config.train.fused)
     name, expected = ("model.in_chans", config.model.in_chans) if is_dit else ("model.params.embed_dim", config.model.params.embed_dim)
     if model.embed_dim != expected:
         found = f"the tokenizer has {model.embed_dim} latent channels, {name} is {expected}"
@@ -114,6 +111,12 @@ def tokenizer(config: Config, checkpoint: str | None = None) -> AutoencoderKL:
     if is_dit and model.downsample_ratio != config.vae.downsample_ratio:
         found = f"the tokenizer downsamples by {model.downsample_ratio}, vae.downsample_ratio is {config.vae.downsample_ratio}"
         raise BadInput(f"{path}: {found}; set vae.downsample_ratio={model.downsample_ratio}, or give another tokenizer")
+    return model
+
+
+def tokenizer_alone(path: Path, known: dict[str, Any] | None = None, fused: bool = False) -> AutoencoderKL:
+    """The tokenizer of a run folder, a checkpoint folder or a file, without a config; `known` arguments of a file's are checked."""
+    model = _from_checkpoint(checkpoint_folder(path), fused) if path.is_dir() else load_autoencoder(path, known, fused)
     return model.eval().requires_grad_(False)
 
 
@@ -218,10 +221,35 @@ def foundation(config: TokenizerConfig, import_path: str | None = None) -> Found
         return None
     grid = (config.image_size // config.downsample_ratio,) * 2
     if name == "standin":
-        return FoundationModel(load_standin(Path(c.standin)), grid, name)
+        encoder = load_standin(Path(c.standin))
+        size = getattr(encoder, "image_size", None)
+        if size != config.image_size:
+            made_for = f"an encoder of {size}-pixel images" if size else "no encoder"
+            raise BadInput(f"{c.standin}: {made_for}, data.image_size is {config.image_size}; give the stand-in that was made for it")
+        return FoundationModel(encoder, grid, name)
     if name == USER_MODEL:
         return FoundationModel(load_user_model(import_path, config.image_size), grid, import_path)
     return create_foundation_model(name, c.weights, input_range=c.input_range, grid=grid, pixels_per_patch=c.pixels_per_patch)
+
+
+def untrained_foundation(config: TokenizerConfig) -> FoundationModel | None:
+    """What `foundation` gives, without weights: on the meta device; a stand-in without a file is one of usual size."""
+    name, c = config.model.params.use_vf, config.foundation
+    grid = (config.image_size // config.downsample_ratio,) * 2
+    if name == "standin":
+        encoder = load_standin(Path(c.standin)) if c.standin else StandInEncoder(config.image_size, grid=grid[0])
+        return FoundationModel(encoder, grid, name)
+    with torch.device("meta"):
+        return name and create_foundation_model(name, random=True, input_range=c.input_range, grid=grid, pixels_per_patch=c.pixels_per_patch)
+
+
+def untrained_perceptual(config: TokenizerConfig) -> nn.Module | None:
+    """What `perceptual` gives, without its files."""
+    if config.model.params.lossconfig.params.perceptual_weight == 0:
+        return None
+    if config.perceptual.standin is not None:
+        return load_standin(Path(config.perceptual.standin))
+    return LPIPS.random()
 
 
 def projection(config: TokenizerConfig, foundation: FoundationModel | None) -> nn.Conv2d | None:

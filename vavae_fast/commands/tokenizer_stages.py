@@ -29,7 +29,7 @@ class PlannedStage:
         if model.params.use_vf is not None:
             fixed = ", projection fixed" if model.params.proj_fix else ""
             facts.append(f"VF weight {loss.vf_weight:g}, margins {loss.distmat_margin:g} and {loss.cos_margin:g}{fixed}")
-        return f"{self.name or 'steps'}: {' = '.join(length)}; {'; '.join(facts)}"
+        return f"{self.name or 'one'}: {' = '.join(length)}; {'; '.join(facts)}"
 
 
 def plan_stages(config: TokenizerConfig, images: Any) -> tuple[PlannedStage, ...]:

@@ -1,7 +1,7 @@
 """Train a VA-VAE on images: reconstruction, GAN and alignment with a vision foundation model."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,19 @@ class TokenizerPlan:
         return run_length(self.config, self.stages)
 
     def describe(self) -> str:
-        c, f = self.config, predict(self.config)
-        p = c.model.params
+        c, f = self.config, predict(self)
+        p, counts = c.model.params, f["parameters"]
         steps = "\n           ".join(stage.describe() for stage in self.stages)
         data = f"{len(self.images):,} images, {len(self.images.classes)} classes" if self.images is not None else f"not set: {c.image_path}"
         return (
             f"{to_yaml(c)}\n"
-            f"model      f{c.downsample_ratio}d{p.embed_dim}: {f['autoencoder'] / 1e6:.2f} M parameters, "
-            f"discriminator {f['discriminator'] / 1e6:.2f} M, foundation model {p.use_vf or 'none'}\n"
-            f"           {f['flops'] / 1e9:.1f} GFLOP an image forward (autoencoder alone)\n"
+            f"model      f{c.downsample_ratio}d{p.embed_dim}: {counts.pop('autoencoder') / 1e6:.2f} M parameters; "
+            f"{', '.join(f'{name} {count / 1e6:.2f} M' for name, count in counts.items())}; foundation model {p.use_vf or 'none'}\n"
+            f"           {f['flops'] / 1e9:.4g} GFLOP a training image, all networks, with the GAN\n"
             f"data       {data}\n"
             f"batch      {c.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
             f"stages     {steps}\n"
+            f"memory     about {artifacts.readable_bytes(f['memory'])} per GPU in {f['precision']}, predicted; less with train.micro_batch_size\n"
             f"watched    {self.watch.describe(c)}\n"
             f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
@@ -113,8 +114,12 @@ def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_ru
     import torch
 
     from vavae_fast.commands import build
+    from vavae_fast.models.perceptual import SMALLEST_IMAGE
 
     build.loss_weights(config)
+    if config.model.params.lossconfig.params.perceptual_weight > 0 and config.perceptual.standin is None and config.image_size < SMALLEST_IMAGE:
+        needs = f"LPIPS needs {SMALLEST_IMAGE} pixels, data.image_size is {config.image_size}"
+        raise BadInput(f"model.params.lossconfig.params.perceptual_weight: {needs}; set perceptual_weight=0, or a perceptual.standin")
     foundation = build.foundation(config, import_path) if import_path or not dry_run else None
     perceptual = None if dry_run else build.perceptual(config)
     with torch.device("meta"):
@@ -129,19 +134,27 @@ def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_ru
     return foundation, perceptual
 
 
-def predict(config: TokenizerConfig) -> dict[str, float]:
-    """Parameters, FLOPs an image (forward) and bytes of a checkpoint, from the networks on the meta device."""
+def predict(plan: TokenizerPlan) -> dict[str, Any]:
+    """Parameters of each network, FLOPs of a training image and bytes of memory with the GAN at work, bytes of a checkpoint."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from vavae_fast.commands import build
+    from vavae_fast.distributed import World
+    from vavae_fast.training.tokenizer_cost import step_cost
 
-    with torch.device("meta"):
-        autoencoder, discriminator = build.autoencoder(config), build.discriminator(config)
-        with FlopCounterMode(display=False) as counter:
-            autoencoder(torch.empty(1, config.model.params.ddconfig.in_channels, config.image_size, config.image_size))
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (autoencoder, discriminator)]
-    return dict(autoencoder=sizes[0], discriminator=sizes[1], flops=counter.get_total_flops(), checkpoint_bytes=12 * sum(sizes))
+    precision = "fp32" if _precision(plan.config) == "fp32" else "bf16"  # what auto is on a GPU
+    config = replace(plan.config, train=replace(plan.config.train, precision=precision))
+    foundation = plan.foundation or build.untrained_foundation(config)
+    pretended = replace(plan, config=config, foundation=foundation, perceptual=build.untrained_perceptual(config), resumes=True)
+    state = _state(pretended, World(0, 1, torch.device("cpu")), None)
+    _prepare(state, config, None)
+    frozen = (getattr(state.foundation, "model", None), state.perceptual)
+    networks = dict(zip(("autoencoder", "discriminator", "foundation", "perceptual"), (state.autoencoder, state.discriminator, *frozen)))
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items() if network is not None}
+    cost = step_cost(state, config.image_size, plan.micro_batch, plan.accumulation > 1)
+    checkpoint_bytes = 12 * (counts["autoencoder"] + counts["discriminator"])
+    costs = dict(flops=cost.flops / plan.micro_batch, memory=cost.peak_bytes, checkpoint_bytes=checkpoint_bytes)
+    return dict(parameters=counts, precision=precision, **costs)
 
 
 def run(plan: TokenizerPlan) -> Path:
@@ -165,6 +178,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     c = config.train
     log = RunLog(plan.folder if world.main else None, plan.folder.name, tuple(config.log.to), to_mapping(config))
     state = _state(plan, world, log)
+    _prepare(state, config, world.device)
     start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
     facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), images=str(config.image_path),
@@ -191,8 +205,6 @@ def _state(plan: TokenizerPlan, world, log):
     import torch
 
     from vavae_fast.commands import build
-    from vavae_fast.models.compilation import compile_in_training
-    from vavae_fast.models.inference import round_weights
     from vavae_fast.training.guard import Guard
     from vavae_fast.training.one_pass import one_pass_gradients
     from vavae_fast.training.tokenizer import TokenizerState, plain_gradients
@@ -204,28 +216,37 @@ def _state(plan: TokenizerPlan, world, log):
     projection = build.projection(config, foundation)
     if config.start_weights and not plan.resumes:
         log.say(build.start_tokenizer(Path(config.start_weights), autoencoder, projection, discriminator))
-    bf16 = build.bf16(_precision(config), world.device)
-    if foundation is not None and bf16 and world.device.type == "cuda":
-        foundation.round_weights(torch.bfloat16)
-    layout = torch.channels_last if config.train.fused else torch.preserve_format
-    for network in (autoencoder, projection, discriminator, foundation, perceptual):
-        if network is not None:
-            network.to(world.device, memory_format=layout)
-    if perceptual is not None and config.train.fused:
-        if bf16:
-            round_weights(getattr(perceptual, "net", perceptual))  # of VGG alone: LPIPS weighs channels in fp32
-        if build.compiled_regions(config.train.compile, world.device) != "none":
-            compile_in_training(perceptual)
     trained = [*autoencoder.parameters(), *(() if projection is None else projection.parameters())]
     adam = dict(lr=config.model.base_learning_rate, betas=(0.5, 0.9), fused=True)
     return TokenizerState(
         autoencoder=autoencoder.train(), projection=projection, discriminator=discriminator.train(), foundation=foundation,
         perceptual=perceptual, optimizer=torch.optim.Adam(trained, **adam), optimizer_disc=torch.optim.Adam(discriminator.parameters(), **adam),
         stages=tuple(map(_stage, plan.stages)), guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, watches="nll"),
-        world=world, seed=config.train.global_seed, bf16=bf16, reverse_proj=config.model.params.reverse_proj,
+        world=world, seed=config.train.global_seed, bf16=build.bf16(_precision(config), world.device), reverse_proj=config.model.params.reverse_proj,
         gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
         foundation_stream=torch.cuda.Stream(world.device) if config.train.fused and world.device.type == "cuda" else None,
     )  # fmt: skip
+
+
+def _prepare(state, config: TokenizerConfig, device) -> None:
+    """Bring a state's networks to `device`, in the layout they run in, rounded and compiled. None: they stay, to predict a GPU's step."""
+    import torch
+
+    from vavae_fast.commands import build
+    from vavae_fast.models.compilation import compile_in_training
+    from vavae_fast.models.inference import round_weights
+
+    if state.foundation is not None and state.bf16 and (device is None or device.type == "cuda"):
+        state.foundation.round_weights(torch.bfloat16)
+    layout = torch.channels_last if config.train.fused else torch.preserve_format
+    for network in (state.autoencoder, state.projection, state.discriminator, state.foundation, state.perceptual):
+        if network is not None:
+            network.to(device, memory_format=layout)
+    if state.perceptual is not None and config.train.fused:
+        if state.bf16:
+            round_weights(getattr(state.perceptual, "net", state.perceptual))  # of VGG alone: LPIPS weighs channels in fp32
+        if device is not None and build.compiled_regions(config.train.compile, device) != "none":
+            compile_in_training(state.perceptual)
 
 
 def _stage(planned: PlannedStage):

@@ -19,6 +19,7 @@ from vavae_fast.models.weights import load_strict, read_state_dict
 # VGG16 up to relu5_3, in torchvision's numbering; a slice ends where LPIPS taps it.
 _SLICES = (("conv 3 64", "conv 64 64"), ("pool", "conv 64 128", "conv 128 128"), ("pool", "conv 128 256", "conv 256 256", "conv 256 256"),
            ("pool", "conv 256 512", "conv 512 512", "conv 512 512"), ("pool", "conv 512 512", "conv 512 512", "conv 512 512"))  # fmt: skip
+SMALLEST_IMAGE = 16  # pixels a side: VGG16 halves them four times
 _WIDTHS = (64, 128, 256, 512, 512)
 _WANTED = ("VGG16 of torchvision, 'vgg16-397923af.pth' (config key perceptual.vgg_weights)",
            "the linear layers of LPIPS v0.1, 'vgg.pth' (config key perceptual.linear_weights)")  # fmt: skip
@@ -74,8 +75,9 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"LPIPS: images have shapes {tuple(x.shape)} and {tuple(y.shape)}, expected two (B, 3, H, W)")
-        if min(x.shape[-2:]) < 16:
-            raise ValueError(f"LPIPS: images are {x.shape[-2]} x {x.shape[-1]}, VGG16 halves them four times and needs 16 pixels a side")
+        if min(x.shape[-2:]) < SMALLEST_IMAGE:
+            needs = f"VGG16 halves them four times and needs {SMALLEST_IMAGE} pixels a side"
+            raise ValueError(f"LPIPS: images are {x.shape[-2]} x {x.shape[-1]}, {needs}")
         features = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y)))
         return sum(getattr(self, f"lin{index}")(_unit(f), _unit(g)) for index, (f, g) in enumerate(features))
 

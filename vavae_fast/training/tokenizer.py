@@ -166,6 +166,7 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
             accumulate(gradients, len(micro_batches))
             for key, value in terms.items():
                 means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
+            del terms, gradients  # before the next ones come to be
 
     norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
     if state.weights.discriminator_factor(iteration) > 0:

@@ -23,31 +23,31 @@ from vavae_kernels.testing.traffic import kernels_recorded
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one step on one process, the GAN at work: floating-point operations (2 for a multiply-add) and bytes at the fullest moment."""
+    """With the GAN at work: floating-point operations of a micro-batch (2 for a multiply-add), and bytes at a step's fullest moment."""
 
     flops: int
     peak_bytes: int
 
 
-def step_cost(state: TokenizerState, size: int, micro_batch: int, accumulated: int) -> StepCost:
-    """The cost of a step of `accumulated` micro-batches of size x size images. `state` was made for this alone: its tensors become fake.
+def step_cost(state: TokenizerState, size: int, micro_batch: int, accumulating: bool) -> StepCost:
+    """The cost of a step whose micro-batches are of size x size images, several of them when `accumulating`.
 
-    Its frozen networks may be on the meta device. Optimizers are counted with their moments.
+    `state` was made for this alone: its tensors become fake. Its frozen networks may be on the meta device. Optimizers are counted with
+    their moments.
     """
     stage = state.stage
     iteration = max(1, -(-stage.weights.disc_start // 2))
     state.stages = (replace(stage, begin=0, end=iteration + 1),)
     with FakeTensorMode(allow_non_fake_inputs=True), kernels_recorded():
         _make_fake(state)
-        batches = [_images(size, micro_batch) for _ in range(accumulated)]
-        held = _held_bytes(state)
+        trained = [p for network in (state.autoencoder, state.projection, state.discriminator) if network is not None for p in network.parameters()]
+        for p in trained if accumulating else ():
+            p.grad = torch.empty_like(p)  # of the micro-batches before
+        images = ImageBatch(torch.empty(micro_batch, 3, size, size, dtype=torch.uint8), torch.zeros(micro_batch), torch.arange(micro_batch))
+        held = _held_bytes(state) + sum(p.grad.nbytes for p in trained if p.grad is not None)
         with _Counter() as count:
-            tokenizer_step(state, iteration, batches)
+            tokenizer_step(state, iteration, [images])
         return StepCost(count.flops, held + count.peak_bytes)
-
-
-def _images(size: int, count: int) -> ImageBatch:
-    return ImageBatch(torch.empty(count, 3, size, size, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64), torch.arange(count))
 
 
 def _networks(state: TokenizerState) -> list[nn.Module]:
