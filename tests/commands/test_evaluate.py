@@ -9,9 +9,11 @@ from tiny import done
 
 from vavae_fast.cli import main
 from vavae_fast.commands import build
+from vavae_fast.commands import evaluate as module
 from vavae_fast.config import load_config
 from vavae_fast.data import open_images
 from vavae_fast.evaluation import psnr, ssim
+from vavae_fast.evaluation.inception import InceptionFeatures
 from vavae_fast.pixels import to_uint8, to_unit
 
 
@@ -76,24 +78,114 @@ def test_inputs_are_checked_before_inception_is_looked_for(tmp_path, capsys, met
     assert words in said and said.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
-def test_samples_are_scored_with_the_inception_that_is_given(tmp_path, capsys, monkeypatch):
-    """Random features stand for Inception's: a set has precision and recall 1 against itself."""
-    from vavae_fast.commands import evaluate as module
-    from vavae_fast.evaluation.inception import InceptionFeatures
+class Pixels(torch.nn.Module):
+    """A few pixels stand for Inception's features, and for another network's."""
 
-    class Features(torch.nn.Module):
-        sha256 = "0" * 64
-        recognised = False
+    sha256, recognised, name = "0" * 64, False, "pixels"
+
+    def forward(self, images):
+        pooled = images.double().flatten(1)[:, :32].float()
+        return InceptionFeatures(*(pooled for _ in InceptionFeatures._fields))
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    monkeypatch.setattr(module, "_inception", lambda path: Pixels())
+
+
+def test_samples_are_scored_with_the_inception_that_is_given(tmp_path, capsys, inception):
+    """A set has precision and recall 1 against itself."""
+    samples = npz(tmp_path / "s.npz", 24)
+    words = ["evaluate", "--samples", samples, "--reference", samples, "--metrics", "precision,recall,is", "--bootstrap", "4"]
+    done(*words, "--json", str(tmp_path / "a.json"))
+    result, said = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+    assert result["precision"] == result["recall"] == 1.0 and result["precision_standard_error"] == 0.0
+    assert "precision            1.0000  ± 0.0000 (95 %)" in said and "made_by" not in result
+
+
+def test_what_made_the_samples_goes_with_the_scores(tiny, out, inception):
+    done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "--num", "6")
+    samples = str(out / "samples.npz")
+    words = ["evaluate", "--samples", samples, "--reference", samples, "--metrics", "recall", "--json"]
+    done(*words, str(out / "a.json"))
+    made = json.loads((out / "a.json").read_text())["made_by"]
+    assert made["facts"]["sampler"]["num_steps"] == 4 and made["facts"]["labels"] == "random" and made["run"]["batch"] == 4
+    assert made["run"]["precision"] in ("fp32", "bf16") and "torch" in made["versions"]
+    npz(out / "samples.npz", 24)  # other images under the manifest's name
+    done(*words, str(out / "b.json"))
+    assert "made_by" not in json.loads((out / "b.json").read_text())
+
+
+def test_two_results_are_compared_with_what_made_them(tiny, out, inception, capsys):
+    for name, scale in (("a", "1"), ("b", "3")):
+        done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out / name), "--num", "6", f"sample.cfg_scale={scale}")
+        done("evaluate", "--samples", str(out / name / "samples.npz"), "--reference", str(out / "a" / "samples.npz"), "--metrics", "precision",
+             "--bootstrap", "3", "--json", str(out / f"{name}.json"))  # fmt: skip
+    capsys.readouterr()
+    done("evaluate", "--compare", str(out / "a.json"), str(out / "b.json"))
+    said = capsys.readouterr().out
+    assert "made_by.facts.sampler.cfg_scale: 1.0 -> 3.0" in said and "% error of the difference" in said and "not of the same measurement" not in said
+    done("evaluate", "--compare", str(out / "a.json"), str(out / "a.json"))
+    assert "made alike" in capsys.readouterr().out
+    changed = json.loads((out / "a.json").read_text())
+    changed["protocol"]["inception_sha256"] = "f" * 64
+    (out / "c.json").write_text(json.dumps(changed))
+    done("evaluate", "--compare", str(out / "a.json"), str(out / "c.json"))
+    said = capsys.readouterr().out
+    assert "! protocol.inception_sha256" in said and "not of the same measurement" in said
+    (out / "d.json").write_text("{}")
+    for wrong, words in ((out / "nowhere.json", "no such file"), (out / "d.json", "not the metrics of evaluate")):
+        assert main(["evaluate", "--compare", str(out / "a.json"), str(wrong)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_latents_are_decoded_on_the_fly(tiny, out, inception, capsys):
+    """The shards of a set of images, decoded, against the decoder's own images."""
+    from vavae_fast.commands.scored_images import DecodedLatents
+    from vavae_fast.data import open_latents
+
+    latents, tokenizer = open_latents(tiny.latents), build.tokenizer_alone(tiny.tokenizer_run)
+    with torch.no_grad():
+        expected = to_uint8(tokenizer.decode(latents.read(range(16))))
+    decoded = DecodedLatents(str(tiny.latents), 5, str(tiny.tokenizer_run))
+    assert len(decoded) == 16 and decoded.size == 16 and [len(batch) for batch in decoded] == [5, 5, 5, 1]
+    assert (torch.cat(list(decoded)).int() - expected.int()).abs().max() <= 1
+    out.mkdir()
+    np.savez(out / "decoded.npz", arr_0=torch.cat(list(decoded)).permute(0, 2, 3, 1).numpy())
+    words = ["evaluate", "--samples", str(tiny.latents), "--reference", str(out / "decoded.npz"), "--metrics", "precision,recall"]
+    done(*words, "--tokenizer", str(tiny.tokenizer_run), "--json", str(out / "a.json"))
+    result = json.loads((out / "a.json").read_text())
+    assert result["precision"] == result["recall"] == 1.0
+    for more, said in (([], "--tokenizer"), (["--tokenizer", str(tiny.dit_run)], "not of a tokenizer")):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_distance_in_the_space_of_a_model_that_is_named(tmp_path, monkeypatch, capsys):
+    """With random weights in its layout; Inception is not asked for."""
+    from vavae_fast.models import image_features
+
+    class Means(torch.nn.Module):
+        def __init__(self, name, weights):
+            super().__init__()
+            self.name, self.sha256 = name, "1" * 64
 
         def forward(self, images):
-            pooled = images.double().flatten(1)[:, :32].float()
-            return InceptionFeatures(*(pooled for _ in InceptionFeatures._fields))
+            return images.float().mean(dim=(2, 3))
 
-    monkeypatch.setattr(module, "_inception", lambda path: Features())
-    samples = npz(tmp_path / "s.npz", 24)
-    done("evaluate", "--samples", samples, "--reference", samples, "--metrics", "precision,recall", "--json", str(tmp_path / "a.json"))
+    monkeypatch.setattr(image_features, "ImageFeatures", Means)
+    samples = npz(tmp_path / "s.npz", 2048)
+    (tmp_path / "dino.pth").write_bytes(b"weights")
+    words = ["evaluate", "--samples", samples, "--reference", samples, "--metrics", "fd"]
+    done(*words, "--features", "dinov2", "--features-weights", str(tmp_path / "dino.pth"), "--json", str(tmp_path / "a.json"))
     result = json.loads((tmp_path / "a.json").read_text())
-    assert result["precision"] == result["recall"] == 1.0 and "precision" in capsys.readouterr().out
+    assert result["fd"] == pytest.approx(0, abs=1e-6) and result["protocol"]["fd_features"] == "dinov2"
+    for more, said in (([], "--features: missing"), (["--features", "dinov2"], "--features-weights")):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, said", [

@@ -81,14 +81,14 @@ def test_latents_of_a_batch_split_agree_to_rounding(tiny):
 def test_interrupted_and_continued_it_is_the_same_bytes(tiny, ten, out, monkeypatch):
     """Stopped before the pieces are put together, with one piece lost and one half-written."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_assemble", lambda plan: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(module, "_assemble", lambda plan, world: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)]) == 130
     assert files(out) == ["parts/00000000.npy", "parts/00000004.npy", "parts/00000008.npy", "parts/manifest.json"]
     (out / "parts" / "00000004.npy").unlink()
     (out / "parts" / "00000004.npy.tmp").write_bytes(b"half")
     kept = (out / "parts" / "00000000.npy").stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_assemble", lambda plan: None)
+        patch.setattr(module, "_assemble", lambda plan, world: None)
         drawn_again = main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)])
     assert drawn_again == 0 and (out / "parts" / "00000000.npy").stat().st_mtime_ns == kept, "what is there is not drawn again"
     done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
@@ -109,7 +109,7 @@ def test_another_draw_into_the_same_folder_is_refused(tiny, ten, out, capsys):
 
 def test_a_draw_begun_with_another_batch_size_is_continued_with_that(tiny, out, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_assemble", lambda plan: None)
+        patch.setattr(module, "_assemble", lambda plan, world: None)
         done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
     assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "sample.per_proc_batch_size=5"]) == 2
     assert "per_proc_batch_size=4; continue with that" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_single_images_are_those_of_the_archive(tiny, ten, out):
 def test_single_images_can_be_asked_for_later(tiny, ten, out, monkeypatch):
     """Of parts that were drawn without them, and of a draw that is complete."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_assemble", lambda plan: None)
+        patch.setattr(module, "_assemble", lambda plan, world: None)
         done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
     drawn(tiny, out, "--png")
     assert len(list((out / "png").iterdir())) == 10

@@ -100,6 +100,39 @@ def test_bootstrap_stands_in_the_result(samples, real):
     assert 0 < found["fid_standard_error"] < found["fid"]
 
 
+def test_every_value_has_its_standard_error(samples, real):
+    reference = ReferenceStatistics("real", images=[real])
+    found = evaluate_samples([samples], reference, METRICS, Pixels(), bootstrap=4)
+    plain = evaluate_samples([samples], reference, METRICS, Pixels())
+    assert {name: found[name] for name in METRICS} == {name: plain[name] for name in METRICS}, "resampling changes no value"
+    assert set(found) == {*METRICS, *(f"{name}_standard_error" for name in METRICS), "protocol"} and found["protocol"]["bootstrap"] == 4
+    share = found["precision"]
+    assert found["precision_standard_error"] == pytest.approx((share * (1 - share) / 2100) ** 0.5)
+    assert 0 < found["sfid_standard_error"] < found["sfid"] and 0 < found["is_standard_error"] < found["is"]
+
+
+def test_a_distance_in_another_space(samples, real):
+    """Of features that the caller gives; Inception is not needed for it alone."""
+
+    class Corners:
+        name, sha256 = "corners", "1" * 64
+
+        def __call__(self, images):
+            return images[:, :, ::3, ::3].double().flatten(1)
+
+    reference = ReferenceStatistics("real", images=real.split(500))
+    found = evaluate_samples(samples.split(300), reference, ("fd",), None, bootstrap=3, embedding=Corners())
+    expected = frechet_distance(*feature_statistics(Corners()(samples)), *feature_statistics(Corners()(real)))
+    assert found["fd"] == pytest.approx(expected, rel=1e-9) and 0 < found["fd_standard_error"] < found["fd"]
+    assert (found["protocol"]["fd_features"], found["protocol"]["fd_sha256"], found["protocol"]["warnings"]) == ("corners", "1" * 64, [])
+    both = evaluate_samples([samples], reference, ("fd", "fid"), Pixels(), embedding=Corners())
+    assert both["fd"] == pytest.approx(expected, rel=1e-9) and both["fid"] != both["fd"]
+    with pytest.raises(BadInput, match="fd; choose among"):
+        evaluate_samples([samples], reference, ("fd",), Pixels())
+    with pytest.raises(BadInput, match="no images .* for fd"):
+        evaluate_samples([samples], ReferenceStatistics("moments", None, torch.zeros(3), torch.eye(3)), ("fd",), None, embedding=Corners())
+
+
 def test_fewer_than_50000_samples_have_a_name_of_their_own():
     assert [fid_name(n) for n in (5000, 49_999, 50_000, 60_000)] == ["FID-5000", "FID-49999", "FID", "FID"]
 

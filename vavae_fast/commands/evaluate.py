@@ -2,29 +2,33 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.config import LightningDiTConfig, load_config
+from vavae_fast.commands.scored_images import FolderImages, is_npz, made_by, npz_size, open_scored
+from vavae_fast.config import LightningDiTConfig, given_path, load_config
 from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast evaluate --samples samples/samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception.pth --json fid.json"
 
-SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall")
+SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "fd")
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips")
 RECONSTRUCTION_PROTOCOLS = ("adm", "lightningdit")
 _RECONSTRUCTION_FLAGS = ("config", "images", "checkpoint", "vgg", "lpips", "protocol", "seed", "precision", "picture", "picture_num")
 
 
 def arguments(parser) -> None:
-    parser.add_argument("--samples", metavar="S", help="image folder, or .npz with arr_0")
+    parser.add_argument("--samples", metavar="S", help="image folder, .npz with arr_0, or latent shards (with --tokenizer)")
     parser.add_argument("--reference", metavar="R", help="image folder, .npz with arr_0, or statistics .npz (mu sigma mu_s sigma_s)")
     parser.add_argument("--metrics", help=f"of {','.join(SAMPLE_METRICS)}; with --reconstruction of {','.join(RECONSTRUCTION_METRICS)}; default: all")
     parser.add_argument("--inception", metavar="FILE", help="weights of the FID Inception network (pt_inception-2015-12-05-6726825d.pth)")
-    parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="resamples for a standard error of FID")
+    parser.add_argument("--features", metavar="NAME", help="for fd, a Fréchet distance elsewhere: of a foundation model, as dinov2, or timm:NAME")
+    parser.add_argument("--features-weights", metavar="FILE", help="its weights, or hub to let timm download them")
+    parser.add_argument("--tokenizer", metavar="CKPT", help="decodes --samples that are latent shards")
+    parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="resamples for a standard error of every value")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files of --json: values, and what made them differ")
     parser.add_argument("--reconstruction", action="store_true", help="score a tokenizer: needs --config and --images")
     parser.add_argument("--config", metavar="FILE", help="with --reconstruction: config of either kind")
     parser.add_argument("--images", metavar="DIR", help="with --reconstruction: images")
@@ -49,9 +53,11 @@ class EvaluatePlan:
     metrics: list[str]
     samples: Any
     reference: Any
-    inception: Any
+    inception: Any  # None where only fd is asked for
+    embedding: Any  # None without fd
     bootstrap: int
     json: Path | None
+    made_by: dict[str, Any]  # what the samples' manifest says
 
     def describe(self) -> str:
         return f"{', '.join(self.metrics)} of {self.samples!r} against {self.reference.name}\nnothing was written"
@@ -80,10 +86,24 @@ class ReconstructionPlan:
         return f"{', '.join(self.metrics)} of {len(self.images):,} images\n{facts}nothing was written"
 
 
-def plan(config: None, args) -> "EvaluatePlan | ReconstructionPlan":
+@dataclass(frozen=True)
+class ComparePlan:
+    """Two files of metrics."""
+
+    text: str
+
+    def describe(self) -> str:
+        return f"{self.text}\nnothing was written"
+
+
+def plan(config: None, args) -> "EvaluatePlan | ReconstructionPlan | ComparePlan":
     """Inputs first, then the weights of Inception."""
+    if args.compare:
+        from vavae_fast.commands import compare_scores
+
+        return ComparePlan(compare_scores.describe(*args.compare))
     known = RECONSTRUCTION_METRICS if args.reconstruction else SAMPLE_METRICS
-    metrics = args.metrics.split(",") if args.metrics else list(known)
+    metrics = args.metrics.split(",") if args.metrics else [name for name in known if name != "fd" or args.features]
     for name in metrics:
         require(name in known, "--metrics", name, f"among {', '.join(known)}")
     require(args.batch > 0, "--batch", args.batch, "above 0")
@@ -101,54 +121,31 @@ def _plan_samples(args, metrics: list[str]) -> EvaluatePlan:
     for name in _RECONSTRUCTION_FLAGS:
         if getattr(args, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')}: only with --reconstruction")
-    from vavae_fast.evaluation import NpzImages, ReferenceStatistics, load_reference, require_count, require_metrics
+    from vavae_fast.evaluation import ReferenceStatistics, load_reference, require_count, require_metrics
 
-    size = args.image_size or _npz_size(args.samples) or _npz_size(args.reference) or 256
-    samples = NpzImages(args.samples, args.batch) if _is_npz(args.samples) else _folder(args.samples, size, args.batch)
-    if _is_npz(args.reference):
+    size = args.image_size or npz_size(args.samples) or npz_size(args.reference) or 256
+    samples = open_scored(args.samples, size, args.batch, args.tokenizer)
+    if is_npz(args.reference):
         reference = load_reference(args.reference, args.batch)
     else:
-        reference = ReferenceStatistics(str(args.reference), images=_folder(args.reference, size, args.batch))
-    require_metrics(metrics, reference)
+        reference = ReferenceStatistics(str(args.reference), images=FolderImages(args.reference, size, args.batch))
+    embedding = _embedding(args) if "fd" in metrics else None
+    require_metrics(metrics, reference, embedding is not None)
     require_count(len(samples), metrics)
-    return EvaluatePlan(metrics, samples, reference, _inception(args.inception), args.bootstrap, args.json)
+    inception = _inception(args.inception) if set(metrics) - {"fd"} else None
+    return EvaluatePlan(metrics, samples, reference, inception, embedding, args.bootstrap, args.json, made_by(args.samples))
 
 
-def _is_npz(path: str) -> bool:
-    if not Path(path).exists() and not path.startswith("builtin:"):
-        raise BadInput(f"{path}: no such file or folder")
-    return path.endswith(".npz")
+def _embedding(args) -> Any:
+    if not args.features:
+        raise BadInput("--features: missing; fd is a distance between features of a model that you name, as dinov2")
+    if args.features_weights != "hub":
+        given_path(args.features_weights, "--features-weights", f"the weights of {args.features}, or hub to let timm download them")
+    import torch
 
+    from vavae_fast.models.image_features import ImageFeatures
 
-def _npz_size(path: str) -> int | None:
-    from vavae_fast.evaluation import load_reference
-
-    if not _is_npz(path):
-        return None
-    images = load_reference(path).images
-    return None if images is None else images.shape[1]
-
-
-class _Folder:
-    """The images of a folder as uint8 batches, again and again."""
-
-    def __init__(self, path: str, images: Any, batch: int):
-        self.path, self.images, self.batch = path, images, batch
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch.pixels for batch in self.images.batches(self.batch))
-
-    def __repr__(self) -> str:
-        return f"{len(self)} images in {self.path}"
-
-
-def _folder(path: str, size: int, batch: int) -> _Folder:
-    from vavae_fast.commands import build
-
-    return _Folder(path, build.images(path, size), batch)
+    return ImageFeatures(args.features, args.features_weights).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _inception(path: str | None) -> Any:
@@ -206,12 +203,16 @@ def _identity(args, inception: Any, lpips: Any) -> dict[str, Any]:
     return facts
 
 
-def run(plan: "EvaluatePlan | ReconstructionPlan") -> dict[str, Any] | None:
+def run(plan: "EvaluatePlan | ReconstructionPlan | ComparePlan") -> dict[str, Any] | None:
     """Score, print a table, write the JSON; of several processes the main one, and the others return None."""
+    if isinstance(plan, ComparePlan):
+        print(plan.text)
+        return None
     if isinstance(plan, EvaluatePlan):
         from vavae_fast.evaluation import evaluate_samples
 
-        result = evaluate_samples(plan.samples, plan.reference, plan.metrics, plan.inception, plan.bootstrap)
+        result = evaluate_samples(plan.samples, plan.reference, plan.metrics, plan.inception, plan.bootstrap, embedding=plan.embedding)
+        result |= {"made_by": plan.made_by} if plan.made_by else {}
     else:
         result = _reconstruct(plan)
     if result is None:
@@ -255,8 +256,9 @@ def _tally_identity(plan: ReconstructionPlan, processes: int) -> str:
 def _print_table(result: dict[str, Any]) -> None:
     protocol = result.get("protocol", {})
     for name, value in result.items():
-        if name != "protocol":
+        if name not in ("protocol", "made_by") and not name.endswith("_standard_error"):
             label = protocol.get("fid_name", name.upper()) if name in ("fid", "rfid") else name
-            print(f"{label:<20} {value:.4f}")
+            error = result.get(f"{name}_standard_error")
+            print(f"{label:<20} {value:.4f}" + ("" if error is None else f"  ± {1.96 * error:.4f} (95 %)"))
     for warning in protocol.get("warnings", ()):
         print(f"note: {warning}")

@@ -203,7 +203,7 @@ def run(plan: SamplePlan) -> Path:
         _draw(plan, world)
         world.barrier()
         if world.main:
-            _assemble(plan)
+            _assemble(plan, world)
     return plan.out
 
 
@@ -301,7 +301,7 @@ def _batches(plan: SamplePlan) -> Iterator[tuple[int, Any]]:
         yield first, np.load(_part(plan, first), allow_pickle=False)
 
 
-def _assemble(plan: SamplePlan) -> None:
+def _assemble(plan: SamplePlan, world) -> None:
     """Parts -> samples.npz and samples.png, then manifest.json: with it the draw is complete. Parts go last."""
     import numpy as np
 
@@ -318,10 +318,19 @@ def _assemble(plan: SamplePlan) -> None:
             break
     with artifacts.replacing(plan.out / "samples.png") as temporary:
         image_grid(np.stack(shown)).save(temporary, format="PNG")
-    facts = artifacts.manifest("samples", facts=plan.facts, sha256=artifacts.sha256(plan.out / "samples.npz"))
-    artifacts.write_json(plan.out / "manifest.json", facts)
+    made = artifacts.manifest("samples", facts=plan.facts, run=_how(plan, world), sha256=artifacts.sha256(plan.out / "samples.npz"))
+    artifacts.write_json(plan.out / "manifest.json", made)
     shutil.rmtree(plan.out / "parts")
     print(f"{plan.out.name}  {plan.num} images: {plan.out}")
+
+
+def _how(plan: SamplePlan, world) -> dict[str, Any]:
+    """What images depend on only to rounding."""
+    import torch
+
+    s, cuda = plan.config.sample, world.device.type == "cuda"
+    return dict(batch=s.per_proc_batch_size, precision=precision_of(plan.config, world.device), fused=plan.config.train.fused, compile=s.compile,
+                processes=world.size, device=torch.cuda.get_device_name(world.device) if cuda else "cpu")  # fmt: skip
 
 
 def write_samples(path: Path, shape: tuple[int, ...], batches: Iterator[Any], labels: Any) -> None:

@@ -1,12 +1,14 @@
 """ADM's evaluation (Dhariwal & Nichol 2021) in one process: FID, sFID, IS, precision, recall of any iterable of images.
 
-Images stream through Inception once; nothing goes by way of PNG files. Every value comes with the protocol that made it.
+Images stream through Inception once; nothing goes by way of PNG files. Every value comes with the protocol that made it. One more
+is ours: fd, the Fréchet distance in the space of another network, of the user's choice.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,54 +23,64 @@ from vavae_fast.evaluation.precision_recall import precision_recall
 from vavae_fast.evaluation.reference import ReferenceStatistics
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
+FRECHET_ELSEWHERE = "fd"
 FEWEST_FOR_FID = 2048  # a covariance of 2,048 features has no more rank than it has images
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT = 5000  # samples a split of the inception score
 FULL_FID = 50_000  # with fewer the value is biased upwards, so its name says how many
 Extractor = Callable[[Tensor], InceptionFeatures]
+Embedding = Callable[[Tensor], Tensor]  # uint8 (n, 3, H, W) -> (n, D); with `name` and `sha256` for the protocol
 
 
 def evaluate_samples(
     samples: Iterable[Array],
     reference: ReferenceStatistics,
     metrics: Sequence[str],
-    inception: Extractor,
+    inception: Extractor | None,
     bootstrap: int = 0,
     seed: int = 0,
+    embedding: Embedding | None = None,
 ) -> dict[str, Any]:
     """Score uint8 batches (n, 3, H, W) against `reference`: {metric: value, ..., "protocol": {...}}, ready for JSON.
 
-    `inception` is what `load_inception` gives. `bootstrap` resamples of the samples (about 10 s each at 50,000) add
-    fid_standard_error. `BadInput`: unknown metrics, too few images for FID, a reference without what a metric needs.
+    `inception` is what `load_inception` gives; None where only fd is asked for, of the features that `embedding` makes. `bootstrap`
+    resamples of the samples (of FID about 10 s each at 50,000) add <metric>_standard_error; an interval of 95 % is the value
+    plus or minus 1.96 of them. `BadInput`: unknown metrics, too few images for FID, a reference without what a metric needs.
     `ValueError`: batches of another dtype, shape or size, images all of one colour.
     """
-    require_metrics(metrics, reference)
-    sample = _Measured("samples", metrics, keep_pool=bootstrap > 0 and "fid" in metrics).add(samples, inception)
+    require_metrics(metrics, reference, embedding is not None)
+    sample = _Measured("samples", metrics, keep_rows=bootstrap > 0).add(samples, inception, embedding)
     require_count(sample.count, metrics)
-    mu, sigma, mu_s, sigma_s, reference_pool = _reference_features(reference, metrics, inception)
+    others = _reference_features(reference, metrics, inception, embedding)
     values: dict[str, Any] = {}
-    if "fid" in metrics:
-        values["fid"] = frechet_distance(*sample.pool.result(), mu, sigma)
-    if "fid" in metrics and bootstrap:
-        values["fid_standard_error"] = frechet_standard_error(torch.cat(sample.pool_rows), mu, sigma, bootstrap, seed)
-    if "sfid" in metrics:
-        values["sfid"] = frechet_distance(*sample.spatial.result(), mu_s, sigma_s)
+    for name in ("fid", "sfid", FRECHET_ELSEWHERE):
+        if name in metrics:
+            values[name] = frechet_distance(*sample.moments[name].result(), *others.moments[name])
+            if bootstrap:
+                values[f"{name}_standard_error"] = frechet_standard_error(sample.rows(name), *others.moments[name], bootstrap, seed)
     if "is" in metrics:
         values["is"] = inception_score(torch.cat(sample.logits), SPLIT)
+        if bootstrap:
+            values["is_standard_error"] = _resampled(torch.cat(sample.logits), lambda rows: inception_score(rows, SPLIT), bootstrap, seed)
     if {"precision", "recall"} & set(metrics):
-        precision, recall = precision_recall(reference_pool, torch.cat(sample.pool_rows), NEIGHBOURS)
-        values |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in metrics}
-    return {**values, "protocol": _protocol(sample, reference, inception)}
+        found = dict(zip(("precision", "recall"), precision_recall(others.pool, sample.rows("fid"), NEIGHBOURS)))
+        for name, judged in (("precision", sample.count), ("recall", len(others.pool))):
+            if name in metrics:
+                values[name] = found[name]
+                if bootstrap:  # of the points judged, the other set's manifold held: a share's resampling has this spread
+                    values[f"{name}_standard_error"] = (found[name] * (1 - found[name]) / judged) ** 0.5
+    return {**values, "protocol": _protocol(sample, reference, inception, embedding, bootstrap)}
 
 
-def require_metrics(metrics: Sequence[str], reference: ReferenceStatistics) -> None:
-    """`BadInput` unless every metric is known and `reference` holds what it needs. Reads no image."""
-    unknown = [name for name in metrics if name not in METRICS]
+def require_metrics(metrics: Sequence[str], reference: ReferenceStatistics, embedded: bool = False) -> None:
+    """`BadInput` unless every metric is known and `reference` holds what it needs; fd is known with an embedding. Reads no image."""
+    known = (*METRICS, FRECHET_ELSEWHERE) if embedded else METRICS
+    unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
-        raise BadInput(f"--metrics: {', '.join(unknown) or 'none given'}; choose among {','.join(METRICS)}")
+        raise BadInput(f"--metrics: {', '.join(unknown) or 'none given'}; choose among {','.join(known)}")
     if reference.images is not None:
         return
-    held = {"fid": reference.mu, "sfid": reference.mu_s, "precision": None, "recall": None, "is": True}
+    held = {"fid": reference.mu, "sfid": reference.mu_s, "precision": None, "recall": None, "is": True, FRECHET_ELSEWHERE: None}
     lacking = [name for name in metrics if held[name] is None]
     if lacking:
         raise BadInput(f"{reference.name}: has no images (arr_0) and no statistics for {', '.join(lacking)}; "
@@ -92,46 +104,54 @@ def frechet_standard_error(features: Array, mu: Array, sigma: Array, repeats: in
     The spread is what resampling tells; its mean is above the value, since a resample has fewer distinct rows.
     """
     rows = to_tensor(features, "features", "N, D")
+    return _resampled(rows, lambda drawn: frechet_distance(*feature_statistics(drawn), mu, sigma), repeats, seed)
+
+
+def _resampled(rows: Tensor, score: Callable[[Tensor], float], repeats: int, seed: int) -> float:
+    """Standard deviation of `score` over resamples of the rows, with replacement."""
     if repeats < 2:
         raise ValueError(f"repeats: a standard error needs 2 resamples or more, got {repeats}")
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(len(rows), (len(rows),), generator=generator).to(rows.device) for _ in range(repeats))
-    values = [frechet_distance(*feature_statistics(rows[drawn]), mu, sigma) for drawn in draws]
-    return torch.tensor(values, dtype=torch.float64).std().item()
+    return torch.tensor([score(rows[drawn]) for drawn in draws], dtype=torch.float64).std().item()
 
 
 @dataclass
 class _Measured:
-    """What one pass over images leaves, no more than `metrics` need."""
+    """What one pass over images leaves, no more than `metrics` need; `keep_rows`: features too, not only their moments."""
 
     name: str
     metrics: Sequence[str]
-    keep_pool: bool = False
-    pool: FeatureStatistics = field(default_factory=FeatureStatistics)
-    spatial: FeatureStatistics = field(default_factory=FeatureStatistics)
-    pool_rows: list[Tensor] = field(default_factory=list)
+    keep_rows: bool = False
+    moments: dict[str, FeatureStatistics] = field(default_factory=lambda: defaultdict(FeatureStatistics))
+    kept: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     logits: list[Tensor] = field(default_factory=list)
     size: tuple[int, int] | None = None
     one_colour: int = 0
     count: int = 0
     digests: set[bytes] = field(default_factory=set)
 
-    def add(self, batches: Iterable[Array], inception: Extractor) -> "_Measured":
-        keep_pool = self.keep_pool or bool({"precision", "recall"} & set(self.metrics))
+    def add(self, batches: Iterable[Array], inception: Extractor | None, embedding: Embedding | None) -> "_Measured":
+        manifolds = bool({"precision", "recall"} & set(self.metrics))
         for images in self._checked(batches):
-            features = inception(images)
-            if "fid" in self.metrics:
-                self.pool.update(features.pool)
-            if "sfid" in self.metrics:
-                self.spatial.update(features.spatial)
-            if "is" in self.metrics:
-                self.logits.append(features.logits)
-            if keep_pool:
-                self.pool_rows.append(features.pool)
+            found = {FRECHET_ELSEWHERE: embedding(images)} if FRECHET_ELSEWHERE in self.metrics else {}
+            if set(self.metrics) - {FRECHET_ELSEWHERE}:
+                features = inception(images)
+                found |= {"fid": features.pool, "sfid": features.spatial}
+                if "is" in self.metrics:
+                    self.logits.append(features.logits)
+            for name, rows in found.items():
+                if name in self.metrics:
+                    self.moments[name].update(rows)
+                if (self.keep_rows and name in self.metrics) or (manifolds and name == "fid"):
+                    self.kept[name].append(rows)
         if self.count == self.one_colour:
             found = f"all {self.count} images are of one colour each" if self.count else "no images"
             raise ValueError(f"{self.name}: {found}; look at what was decoded")
         return self
+
+    def rows(self, name: str) -> Tensor:
+        return torch.cat(self.kept[name])
 
     def _checked(self, batches: Iterable[Array]) -> Iterator[Tensor]:
         for batch in batches:
@@ -157,36 +177,46 @@ class _Measured:
         return lines
 
 
+class _Others(NamedTuple):
+    """Of the reference: (mu, sigma) by metric, and pool rows for precision and recall."""
+
+    moments: dict[str, tuple[Array, Array]]
+    pool: Tensor | None
+
+
 def _reference_features(
-    reference: ReferenceStatistics, metrics: Sequence[str], inception: Extractor
-) -> tuple[Array, Array, Array, Array, Tensor | None]:
-    """(mu, sigma, mu_s, sigma_s, pool rows): stored moments where there are any, else computed from the images."""
-    computed = [name for name, held in (("fid", reference.mu), ("sfid", reference.mu_s)) if name in metrics and held is None]
-    passed = computed + [name for name in ("precision", "recall") if name in metrics]
-    moments, spatial, pool = (reference.mu, reference.sigma), (reference.mu_s, reference.sigma_s), None
-    if passed:
-        measured = _Measured(reference.name, passed).add(reference.images, inception)
-        require_count(measured.count, computed, reference.name)
-        moments = measured.pool.result() if "fid" in computed else moments
-        spatial = measured.spatial.result() if "sfid" in computed else spatial
-        pool = torch.cat(measured.pool_rows) if measured.pool_rows else None
-    return *moments, *spatial, pool
+    reference: ReferenceStatistics, metrics: Sequence[str], inception: Extractor | None, embedding: Embedding | None
+) -> _Others:
+    """Stored moments where there are any, else computed from the images."""
+    stored = {"fid": (reference.mu, reference.sigma), "sfid": (reference.mu_s, reference.sigma_s)}
+    moments = {name: pair for name, pair in stored.items() if pair[0] is not None}
+    computed = [name for name in ("fid", "sfid", FRECHET_ELSEWHERE) if name in metrics and name not in moments]
+    manifolds = [name for name in ("precision", "recall") if name in metrics]
+    if not computed and not manifolds:
+        return _Others(moments, None)
+    measured = _Measured(reference.name, computed + manifolds).add(reference.images, inception, embedding)
+    require_count(measured.count, computed, reference.name)
+    return _Others(moments | {name: measured.moments[name].result() for name in computed}, measured.rows("fid") if manifolds else None)
 
 
-def _protocol(sample: _Measured, reference: ReferenceStatistics, inception: Extractor) -> dict[str, Any]:
-    sha256 = getattr(inception, "sha256", None)
+def _protocol(
+    sample: _Measured, reference: ReferenceStatistics, inception: Extractor | None, embedding: Embedding | None, bootstrap: int
+) -> dict[str, Any]:
     warnings = sample.warnings()
-    if not getattr(inception, "recognised", False):
+    if inception is not None and not getattr(inception, "recognised", False):
         warnings.append("Inception weights are not the known ones; values compare only with others of the same weights")
     return {
         "name": "adm",
         "fid_name": fid_name(sample.count),
         "samples": sample.count,
         "image_size": list(sample.size),
-        "inception_sha256": sha256,
+        "inception_sha256": getattr(inception, "sha256", None),
+        "fd_features": None if embedding is None else getattr(embedding, "name", type(embedding).__name__),
+        "fd_sha256": getattr(embedding, "sha256", None),
         "reference": reference.name,
         "reference_sha256": reference.sha256,
         "precision_recall_k": NEIGHBOURS,
         "inception_score_split": SPLIT,
+        "bootstrap": bootstrap,
         "warnings": warnings,
     }
