@@ -45,7 +45,7 @@ def add(state, step, micro_batches):
     return {"loss": torch.tensor(float(step)), "ones": torch.ones(())}
 
 
-def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2, peak=None, **hooks):
+def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2, peak=None, stages=None, **hooks):
     """As the commands do: resume, then train on 0, 1, 2, … two at a time."""
     state, log = Counter(), RunLog(folder, "run")
     start = resume(state, folder / "checkpoints", ALONE, log)
@@ -56,7 +56,7 @@ def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, 
         while True:
             yield list(islice(numbers, accumulation))
 
-    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, Retention(keep_last), {"stage": "test"}, peak)
+    settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, Retention(keep_last), {"stage": "test"}, peak, stages or {})
     done = train(state, step, batches, settings, ALONE, log, start, **hooks)
     log.close()
     return state, done
@@ -68,6 +68,18 @@ def logged(folder):
 
 def saved(folder):
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_stage_ends_with_a_line_a_look_and_a_checkpoint(tmp_path):
+    """Every line's window lies in one stage."""
+    looks = []
+    observer = Observer(100, lambda done: looks.append(done) or {"seen": float(done)})
+    run(tmp_path, 11, stages={"first": 3, "second": 7, "third": 11}, observers=[observer])
+    assert [(line["step"], line["stage"], line["loss"]) for line in logged(tmp_path)] == [
+        (3, "first", 1.0), (5, "second", 3.5), (7, "second", 5.5), (10, "third", 8.0), (11, "third", 10.0)]  # fmt: skip
+    assert saved(tmp_path) == [3, 4, 7, 8, 11] and looks == [3, 7, 11]
+    said = (tmp_path / "log.txt").read_text()
+    assert [said.count(f"stage {name}: to step {end}") for name, end in (("first", 3), ("second", 7), ("third", 11))] == [1, 1, 1]
 
 
 def test_steps_logs_and_checkpoints(tmp_path):

@@ -139,6 +139,8 @@ def test_every_nth_the_pinned_and_the_best_are_kept(tmp_path):
     retain(folder, Retention(2, 4), set())
     assert steps(folder) == [3, 4, 5, 8, 10, 11], "pinned; 4 and 8; best of those saved; the last two"
     (tmp_path / "metrics.jsonl").unlink()
+    retain(folder, Retention(2, None, frozenset({4, 8})), set())
+    assert steps(folder) == [3, 4, 8, 10, 11], "and those of given steps"
     retain(folder, Retention(2, None), set())
     assert steps(folder) == [3, 10, 11]
 
