@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import contents, copy, done, files, launched
+from tiny import contents, copy, done, files, launched, metrics
 
 from vavae_fast import rng
 from vavae_fast.cli import main
@@ -69,6 +69,33 @@ def test_means_with_standard_deviations(tiny, out):
     mean, std = found["latents"].double(), found["latents_std"].double()
     expected = (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt()
     torch.testing.assert_close(statistics["std"].double().flatten(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def means(tiny, out):
+    done(*words(tiny, out / "means", "--posterior", "mean+std"))
+    return out / "means"
+
+
+def trained(tiny, out, name, data, *more):
+    """The weights of a run on `data`."""
+    done("train", *tiny.dit(out, name, f"data.data_path={data}", *more))
+    return (sorted((out / name / "checkpoints").iterdir())[-1] / "model.safetensors").read_bytes()
+
+
+def test_training_on_means_draws_samples_anew_and_resumes_to_the_bit(tiny, out, means):
+    straight = trained(tiny, out, "straight", means)
+    trained(tiny, out, "resumed", means, "train.max_steps=2")
+    assert trained(tiny, out, "resumed", means) == straight != trained(tiny, out, "samples", tiny.latents)
+    assert trained(tiny, out, "resident", means, "data.latents_in=ram") == straight
+
+
+def test_held_out_means_are_scored_as_the_samples_that_would_have_been_stored(tiny, out, means):
+    losses = []
+    for name, data, valid in (("a", tiny.latents, means), ("b", copy(tiny.latents, out / "copy"), tiny.latents)):
+        trained(tiny, out, name, data, f"data.valid_path={valid}", "log.valid_every=2")
+        losses.append([row["valid_mse"] for row in metrics(out / name) if "valid_mse" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
 
 
 def test_an_encoder_in_bf16(tiny, out):

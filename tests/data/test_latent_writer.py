@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vavae_fast import rng
 from vavae_fast.artifacts import sha256
-from vavae_fast.data import LatentWriter, latent_statistics, latent_writer, open_latents, shards
+from vavae_fast.data import LatentStream, LatentWriter, Share, latent_statistics, latent_writer, open_latents, shards
+from vavae_fast.data.order import RunOrder
 from vavae_fast.errors import BadInput
 
 SHAPE, COUNT, SIZE = (3, 2, 2), 23, 5
@@ -275,10 +277,59 @@ def test_statistics_of_means_and_standard_deviations_are_those_of_samples(tmp_pa
     torch.testing.assert_close(found["std"].double().flatten().square(), drawn.var(dim=2).mean(dim=0), rtol=0.02, atol=0)
 
 
-def test_means_and_standard_deviations_are_not_taken_for_samples(tmp_path):
-    folder = feed(writer(tmp_path / "x", std=True), 4).close()
-    with pytest.raises(BadInput, match="shard000.safetensors: holds means and standard deviations; give latents extracted with --posterior"):
-        open_latents(folder)
+@pytest.fixture
+def means(tmp_path):
+    return open_latents(feed(writer(tmp_path / "means", std=True), 4).close())
+
+
+def test_means_and_standard_deviations_are_read(means, straight):
+    latents, mirrored, _ = source()
+    order, flip = [7, 22, 7, 0, 4], [True, False, False, False, True]
+    expected = torch.stack([(mirrored if f else latents)[i] for i, f in zip(order, flip)])
+    assert means.has_std and torch.equal(means.read(order, flip), expected) and torch.equal(means.read_std(order, flip), expected.abs() / 4)
+    again = latent_statistics(means.folder)
+    torch.testing.assert_close(again["std"], means.std, rtol=2.0**-22, atol=0)
+    samples = open_latents(straight)
+    with pytest.raises(BadInput, match="straight: holds no standard deviations; extract with --posterior mean.std"):
+        samples.read_std([0])
+
+
+def test_shards_with_and_without_standard_deviations_do_not_mix(means, straight):
+    (straight / "manifest.json").unlink()
+    shutil.copy(means.folder / "latents_rank00_shard003.safetensors", straight)
+    with pytest.raises(BadInput, match="shard003.safetensors: has other tensors than latents_rank00_shard000.safetensors"):
+        open_latents(straight)
+
+
+def batches(latents, share, count, start=0, **options):
+    stream = LatentStream(latents, 3, share, latent_norm=False, **options).batches(start)
+    found = [next(stream) for _ in range(count)]
+    stream.close()
+    return found
+
+
+def test_training_meets_a_fresh_sample_every_epoch(means):
+    """mean + std noise(seed, position), where the same image stands at another position in every epoch."""
+    latents, mirrored, _ = source()
+    seen = {}
+    for batch in batches(means, Share(4), 40):
+        indices, flip = RunOrder(3, COUNT)(batch.index.numpy())
+        noise = rng.normal(3, batch.index, like=batch.latents, stream=rng.Stream.POSTERIOR)
+        mean = torch.stack([(mirrored if f else latents)[i] for i, f in zip(indices, flip)])
+        torch.testing.assert_close(batch.latents, mean + mean.abs() / 4 * noise, rtol=1e-6, atol=1e-6)
+        for i, f, row in zip(indices.tolist(), flip.tolist(), batch.latents):
+            seen.setdefault((i, f), []).append(row)
+    again = [rows for rows in seen.values() if len(rows) > 1]
+    assert again and not any(torch.equal(rows[0], rows[1]) for rows in again)
+
+
+def test_samples_do_not_depend_on_processes_start_or_residence(means):
+    whole = [batch.latents for batch in batches(means, Share(4), 12)]
+    halves = [batches(means, Share(4, rank, 2, micro_batch=1), 24) for rank in (0, 1)]
+    for step, expected in enumerate(whole):
+        assert torch.equal(torch.cat([half[2 * step + k].latents for half in halves for k in (0, 1)]), expected)
+    assert torch.equal(batches(means, Share(4), 1, start=7)[0].latents, whole[7])
+    assert torch.equal(batches(means, Share(4), 8, resident="cpu")[7].latents, whole[7])
 
 
 @pytest.mark.parametrize("stop", [3, 12])

@@ -224,7 +224,7 @@ class LatentWriter:
             return None
         try:
             with open(path, "rb") as file:
-                shard = read_shard(path, file, std=True)
+                shard = read_shard(path, file)
         except BadInput:
             return None
         self._check_plan(shard)
@@ -249,7 +249,7 @@ class LatentWriter:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in expected:
                 with open(path, "rb") as file:
-                    self._check_plan(read_shard(path, file, std=True))
+                    self._check_plan(read_shard(path, file))
                 raise BadInput(f"{path}: not a shard of this extraction; choose another --out, or remove it")
 
 

@@ -45,7 +45,8 @@ def open_latents(folder: str | Path) -> "Latents":
 class ShardStore:
     """The open shards of one folder as one array of rows; their statistics are not needed here.
 
-    shape (C, H, W), labels (N,) int64, manifest (dict, or None: the reference writes none). Safe from several threads.
+    shape (C, H, W), labels (N,) int64, manifest (dict, or None: the reference writes none), has_std: whether the rows are means with a
+    standard deviation each. Safe from several threads.
     """
 
     def __init__(self, folder: Path, shards: list[Shard], files: list[BinaryIO], manifest: dict[str, Any] | None):
@@ -58,22 +59,23 @@ class ShardStore:
         for shard, file, start, end in zip(shards, files, self._starts, self._ends):
             labels[start:end] = read_labels(shard, file)
         self.labels = torch.from_numpy(labels)
-        self._offsets = np.array([shard.offsets for shard in shards], np.int64)
+        self.has_std = shards[0].std_offsets is not None
+        self._offsets = np.array([(*shard.offsets, *(shard.std_offsets or ())) for shard in shards], np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, indices: np.ndarray, flip: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """(n,) int64 in range, (n,) bool -> (n, C, H, W) float32; into `out` when the storage is float32 too."""
+    def read(self, indices: np.ndarray, flip: np.ndarray, out: Tensor | None = None, std: bool = False) -> Tensor:
+        """(n,) int64 in range, (n,) bool -> (n, C, H, W) float32, filling `out` when given. std: the standard deviations, where it has_std."""
         direct = out if out is not None and self.dtype == torch.float32 else torch.empty(len(indices), *self.shape, dtype=self.dtype)
         if len(indices):
-            self._gather(indices, flip, direct)
+            self._gather(indices, flip.astype(np.int64) + 2 * std, direct)
         return direct.to(torch.float32) if out is None or out is direct else out.copy_(direct)
 
-    def _gather(self, indices: np.ndarray, flip: np.ndarray, out: Tensor) -> None:
-        """In the order of the disk, each row straight to its place in `out`."""
+    def _gather(self, indices: np.ndarray, tensor: np.ndarray, out: Tensor) -> None:
+        """In the order of the disk, each row straight to its place in `out`. tensor (n,): column of `_offsets`."""
         shard_of = np.searchsorted(self._ends, indices, side="right")
-        offsets = self._offsets[shard_of, flip.astype(np.int64)] + (indices - self._starts[shard_of]) * self.shards[0].row_bytes
+        offsets = self._offsets[shard_of, tensor] + (indices - self._starts[shard_of]) * self.shards[0].row_bytes
         order = np.lexsort((offsets, shard_of))
         for number in np.unique(shard_of):
             self._check_unchanged(self.shards[number], self._files[number])
@@ -99,16 +101,20 @@ class ShardStore:
         total = Moments.none(self.shape[0])
         for start in range(0, len(self), _ROWS_AT_ONCE):
             indices = np.arange(start, min(start + _ROWS_AT_ONCE, len(self)))
-            total = total + Moments.of(self.read(indices, np.zeros(len(indices), bool)))
+            flip = np.zeros(len(indices), bool)
+            total = total + Moments.of(self.read(indices, flip), self.read(indices, flip, std=True) if self.has_std else None)
         return total
 
 
 class Latents:
-    """`len`, `labels` (N,) int64, `mean` and `std` (1, C, 1, 1) float32, `shape` (C, H, W), `dtype` stored, `channels`, `manifest`, `read`."""
+    """`len`, `labels` (N,) int64, `mean` and `std` (1, C, 1, 1) float32, `shape` (C, H, W), `dtype` stored, `channels`, `manifest`, `read`.
+
+    has_std: the latents are means of posteriors, to which the reader adds noise: `read_std` gives its standard deviations.
+    """
 
     def __init__(self, store: ShardStore, mean: Tensor, std: Tensor):
         self.folder, self.shape, self.dtype, self.channels = store.folder, store.shape, store.dtype, store.shape[0]
-        self.labels, self.manifest, self.mean, self.std = store.labels, store.manifest, mean, std
+        self.labels, self.manifest, self.mean, self.std, self.has_std = store.labels, store.manifest, mean, std, store.has_std
         self._store = store
 
     def __len__(self) -> int:
@@ -126,6 +132,20 @@ class Latents:
         the CPU, say pinned). `IndexError` outside [0, len); `BadInput` names shard and row of a NaN or an infinity, and a
         shard that was changed or cut. Safe from several threads.
         """
+        return self._read(indices, flip, out)
+
+    def read_std(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        flip: bool | Sequence[bool] | np.ndarray | Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `read`, the standard deviations of those means; `BadInput` unless has_std."""
+        if not self.has_std:
+            raise BadInput(f"{self.folder}: holds no standard deviations; extract with --posterior mean+std")
+        return self._read(indices, flip, out, std=True)
+
+    def _read(self, indices: Any, flip: Any, out: Tensor | None, std: bool = False) -> Tensor:
         indices = checked_indices(indices, len(self), str(self.folder))
         expected = f"{self.folder}: flip must be one bool or {len(indices)}"
         mirrored = to_array(False if flip is None else flip, expected)
@@ -135,7 +155,7 @@ class Latents:
             raise BadInput(
                 f"{self.folder}: out must be contiguous float32 {(len(indices), *self.shape)}, got {tuple(out.shape)} {out.dtype}"
             )
-        return self._store.read(indices, np.broadcast_to(mirrored, indices.shape).astype(bool), out)
+        return self._store.read(indices, np.broadcast_to(mirrored, indices.shape).astype(bool), out, std)
 
 
 def open_store(folder: Path) -> ShardStore:
@@ -163,6 +183,8 @@ def open_store(folder: Path) -> ShardStore:
 def _check_together(folder: Path, shards: list[Shard], manifest: dict[str, Any] | None) -> None:
     first = shards[0]
     for shard in shards:
+        if (shard.std_offsets is None) != (first.std_offsets is None):
+            raise BadInput(f"{shard.path}: has other tensors than {first.path.name}; keep the shards of one extraction in a folder")
         if (shard.shape, shard.dtype) != (first.shape, first.dtype):
             raise BadInput(
                 f"{shard.path}: latents {shard.shape} {shard.dtype}, but {first.path.name} has {first.shape} {first.dtype}; "

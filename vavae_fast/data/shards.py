@@ -56,19 +56,14 @@ class Shard:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_shard(path: Path, file: BinaryIO, std: bool = False) -> Shard:
-    """Header and size of an open file, checked; `BadInput` names the file and what is wrong with it.
-
-    std: whether the caller knows what to do with standard deviations; a shard that has them is refused otherwise.
-    """
+def read_shard(path: Path, file: BinaryIO) -> Shard:
+    """Header and size of an open file, checked; `BadInput` names the file and what is wrong with it."""
     status = os.fstat(file.fileno())
     header, start = _header(path, file, status.st_size)
     metadata = header.pop("__metadata__", {})
     has_std = sorted(header) == sorted(KEYS + STD_KEYS)
     if not has_std and sorted(header) != sorted(KEYS):
         raise BadInput(f"{path}: holds {', '.join(sorted(header)) or 'nothing'}; expected {', '.join(KEYS)}: not a latent shard")
-    if has_std and not std:
-        raise BadInput(f"{path}: holds means and standard deviations; give latents extracted with --posterior sample or mean")
     spans = {key: _span(path, key, header[key]) for key in header}
     _check_spans(path, spans.values(), status.st_size - start)
     (name, shape), (label_name, label_shape) = ((header[key]["dtype"], tuple(header[key]["shape"])) for key in ("latents", "labels"))

@@ -33,6 +33,16 @@ class LatentBatch:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """As read: latents and, of means, their std (B, C, H, W) float32, labels (B,) int64, index (B,) int64."""
+
+    latents: Tensor
+    std: Tensor | None
+    labels: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
 class Share:
     """What one process takes of each step: `global_batch / world` samples, `micro_batch` at a time (None: all at once)."""
 
@@ -60,9 +70,10 @@ class Share:
 class LatentStream:
     """Latents for LightningDiT: `share.batches_per_step` LatentBatches a step, on `device`.
 
-    Each sample is mirrored with probability 1/2 (as the reference does it: `latents_flip` instead of `latents`), normalised
-    to (x - mean) / std when latent_norm, then multiplied by multiplier. threads read ahead; on a GPU the copy and the
-    arithmetic run there. resident ("cpu" or a device): all latents are read into its memory first, by every process for itself.
+    Each sample is mirrored with probability 1/2 (as the reference does it: `latents_flip` instead of `latents`); where the latents are
+    means with standard deviations, drawn anew, by noise that is a function of (seed, position); normalised to (x - mean) / std when
+    latent_norm, then multiplied by multiplier. threads read ahead; on a GPU the copy and the arithmetic run there. resident ("cpu" or a
+    device): all latents are read into its memory first, by every process for itself.
     """
 
     def __init__(
@@ -91,25 +102,28 @@ class LatentStream:
         for batch in ahead(self._read, self.share.positions(start), depth=2 * self.threads, threads=self.threads):
             yield batch if on_cpu else self._normalised(batch)
 
-    def _read(self, positions: np.ndarray) -> LatentBatch:
+    def _read(self, positions: np.ndarray) -> "_Rows | LatentBatch":
+        """Finished on a CPU; for another device as read, in pinned memory or there already."""
         indices, mirrored = self._order(positions)
         mirrored &= self.flip
-        pinned = self.device.type == "cuda"
-        if self._resident is not None:
-            rows = self._resident.read(indices, mirrored)
-            rows = rows.pin_memory() if pinned and not rows.is_cuda else rows
-            batch = LatentBatch(rows, self.latents.labels[indices], torch.from_numpy(positions))
-            return batch if pinned else self._normalised(batch)
-        out = torch.empty(self._buffers.shape, pin_memory=True) if pinned else self._buffers.take()
-        self.latents.read(indices, mirrored, out)
-        labels, index = self.latents.labels[indices], torch.from_numpy(positions)
-        if pinned:
-            return LatentBatch(out, labels.pin_memory(), index.pin_memory())
-        batch = LatentBatch(out, labels, index)
-        return self._normalised(batch) if self.device.type == "cpu" else batch
+        latents, std = self._resident.read(indices, mirrored) if self._resident is not None else self._from_disk(indices, mirrored)
+        rows = _Rows(latents, std, self.latents.labels[indices], torch.from_numpy(positions))
+        if self.device.type == "cuda":
+            return _Rows(*(t if t is None or t.is_cuda else t.pin_memory() for t in vars(rows).values()))
+        return self._normalised(rows) if self.device.type == "cpu" else rows
 
-    def _normalised(self, batch: LatentBatch) -> LatentBatch:
-        latents, labels, index = (t.to(self.device, non_blocking=True) for t in (batch.latents, batch.labels, batch.index))
+    def _from_disk(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        latents = self.latents.read(indices, mirrored, self._buffer())
+        return latents, self.latents.read_std(indices, mirrored, self._buffer()) if self.latents.has_std else None
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(self._buffers.shape, pin_memory=True) if self.device.type == "cuda" else self._buffers.take()
+
+    def _normalised(self, rows: _Rows) -> LatentBatch:
+        latents, labels, index = (t.to(self.device, non_blocking=True) for t in (rows.latents, rows.labels, rows.index))
+        if rows.std is not None:
+            std = rows.std.to(self.device, non_blocking=True)
+            latents.addcmul_(std, rng.normal(self.seed, index, like=latents, stream=rng.Stream.POSTERIOR))
         if self._mean is not None:
             latents.sub_(self._mean).div_(self._std)
         if self.multiplier != 1.0:

@@ -42,12 +42,19 @@ def spread_rows(rows: int, count: int) -> np.ndarray:
 
 
 def read_held_out(store: ShardStore, count: int, mean: Tensor | None, std: Tensor | None, multiplier: float, world: World) -> HeldOut:
-    """Every world-th of `count` latents, normalised as training's: (x - mean) / std where given, times multiplier. On the CPU."""
+    """Every world-th of `count` latents, normalised as training's: (x - mean) / std where given, times multiplier. On the CPU.
+
+    Of means with standard deviations: the samples that `extract --posterior sample` would have stored.
+    """
     rows = spread_rows(len(store), count)
     share = -(-len(rows) // world.size)
     index = np.arange(share, dtype=np.int64) * world.size + world.rank
     wanted = rows[np.minimum(index, len(rows) - 1)]
-    latents = store.read(wanted, np.zeros(share, bool))
+    flip = np.zeros(share, bool)
+    latents = store.read(wanted, flip)
+    if store.has_std:
+        noise = rng.normal(0, torch.from_numpy(2 * wanted), like=latents, stream=rng.Stream.POSTERIOR)
+        latents.addcmul_(store.read(wanted, flip, std=True), noise)
     if mean is not None:
         latents.sub_(mean).div_(std)
     return HeldOut(latents.mul_(multiplier), store.labels[wanted], torch.from_numpy(index), len(rows))
