@@ -92,3 +92,12 @@ def test_precision_is_set_for_a_while():
     with matmul_precision("fp32"):
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp32", "bf16"])
+def test_precision_leaves_cudnn_as_it_was(precision, monkeypatch):
+    """torch.backends.cudnn.flags(allow_tf32=…) turns cuDNN off: images would be decoded by convolutions several times as slow."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with matmul_precision(precision):
+        assert torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark

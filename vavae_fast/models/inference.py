@@ -75,13 +75,14 @@ def round_weights(model: nn.Module) -> nn.Module:
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Of float32 products and convolutions inside: "tf32", as the reference samples on a GPU; anything else: float32 all through."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        with torch.backends.cudnn.flags(allow_tf32=precision == "tf32"):
-            yield
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"  # not cudnn.flags, which also resets what it is not given: cuDNN would be off
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Replayed:
