@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from vavae_fast.errors import BadInput
-from vavae_fast.training.standins import affine, contrastive_loss, jitter, random_encoder, train_encoder, train_perceptual
+from vavae_fast.training.standins import (
+    EncoderRecipe,
+    affine,
+    contrastive_loss,
+    jitter,
+    random_encoder,
+    train_encoder,
+    train_perceptual,
+    train_supervised_encoder,
+)
 
 CLASSES = 4
 
@@ -126,6 +135,32 @@ def test_wrong_images_are_named(images, culprit):
         train_perceptual(images, torch.zeros(len(images), dtype=torch.int64), 0, steps=1, batch=16)
 
 
+def test_recipes_shape_the_encoder_and_choose_its_tasks():
+    x, _ = shapes(16, 0)
+    deep = EncoderRecipe(patch_size=8, dim=32, depth=1, heads=2, tasks=("patches",))
+    encoder = train_encoder(x, 0, 1, 8, recipe=deep)
+    assert encoder.arguments | {"patch_size": 8, "dim": 32, "depth": 1, "heads": 2} == encoder.arguments
+    states = [train_encoder(x, 0, 2, 8, recipe=EncoderRecipe(tasks=tasks)).state_dict() for tasks in (("views",), ("patches",), ("views", "patches"))]
+    assert not any(torch.equal(states[i]["patch.weight"], states[j]["patch.weight"]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    with pytest.raises(BadInput, match="tasks"):
+        EncoderRecipe(tasks=("labels",))
+
+
+def test_supervised_encoder_learns_its_labels():
+    """By the nearest class mean of its mean feature, better than the untrained one."""
+    (x, y), (held, held_labels) = shapes(256, 1), shapes(128, 2)
+
+    def accuracy(encoder):
+        seen, new = (encoder(images.float() / 127.5 - 1).mean((2, 3)) for images in (x, held))
+        means = torch.stack([seen[y == c].mean(0) for c in range(CLASSES)])
+        return (torch.cdist(new, means).argmin(1) == held_labels).float().mean().item()
+
+    trained, untrained = accuracy(train_supervised_encoder(x, y, 0, steps=60, batch=32)), accuracy(random_encoder(x, seed=0))
+    assert trained > untrained + 0.1, (trained, untrained)
+
+
 def test_one_label_an_image():
+    with pytest.raises(BadInput, match="labels"):
+        train_supervised_encoder(shapes(16, 0)[0], torch.zeros(4, dtype=torch.int64), 0, steps=1, batch=8)
     with pytest.raises(BadInput, match="labels"):
         train_perceptual(shapes(16, 0)[0], torch.zeros(4, dtype=torch.int64), 0, steps=1, batch=8)

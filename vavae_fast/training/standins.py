@@ -1,13 +1,15 @@
 """Train the demo's stand-ins in seconds on one CPU thread.
 
 The encoder learns without labels, from two tasks: tell which two views show the same image (SimCLR, Chen et al. 2020,
-eq. 1), and fill in hidden patches (He et al. 2022). The perceptual network learns to classify, as VGG did.
+eq. 1), and fill in hidden patches (He et al. 2022); a recipe may leave one out. A supervised encoder and the perceptual
+network learn to classify, as VGG did.
 Every result is a function of (images, seed, steps, batch); the global random state stays as it was.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +21,94 @@ from vavae_fast.models.standins import StandInEncoder, StandInPerceptual
 Progress = Callable[[int, int, Tensor], None]  # (steps done, steps, loss): the loss is a () tensor, still on its device
 
 
+TASKS = ("views", "patches")
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """The shape of an encoder, and which of `TASKS` it learns from; a supervised one learns from labels instead."""
+
+    patch_size: int = 4
+    dim: int = 64
+    depth: int = 2
+    heads: int = 4
+    tasks: tuple[str, ...] = TASKS
+    lr: float = 2e-3
+
+    def __post_init__(self):
+        require(bool(self.tasks) and set(self.tasks) <= set(TASKS), "tasks", self.tasks, f"one or more of {', '.join(TASKS)}")
+
+    def encoder(self, image_size: int, grid: int) -> StandInEncoder:
+        """Initialised from the global generator."""
+        return StandInEncoder(image_size, self.patch_size, self.dim, self.depth, self.heads, grid)
+
+
 def train_encoder(
-    images: Tensor, seed: int, steps: int = 250, batch: int = 64, device: str = "cpu", grid: int = 2, progress: Progress | None = None
-) -> StandInEncoder:
+    images: Tensor, seed: int, steps: int = 250, batch: int = 64, device: str = "cpu", grid: int = 2, progress: Progress | None = None,
+    recipe: EncoderRecipe = EncoderRecipe(),
+) -> StandInEncoder:  # fmt: skip
     """images (N, 3, S, S) uint8, no labels -> a frozen encoder, standardised on `images`."""
     pixels = _pixels(images, batch, device)
     with _initialised_from(seed):
-        encoder = StandInEncoder(image_size=images.shape[-1], grid=grid)
+        encoder = recipe.encoder(images.shape[-1], grid)
         heads = _Heads(encoder.feature_dim, encoder.patch.kernel_size[0])
     network = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
         views = pixels[_draw(len(pixels), batch, generator).to(device)].repeat(2, 1, 1, 1)  # rows i and i + batch show one image
         views = jitter(affine(views, generator), generator)
-        same = contrastive_loss(heads.embed(encoder.tokens(views).mean(1)))
-        views = views[: batch // 2]  # the cheaper task learns from fewer
-        hidden = (torch.rand(len(views), encoder.side**2, generator=generator) < 0.75).to(device)
-        return same + heads.fill_in_loss(encoder.tokens(views, hidden, heads.mask_token), views, hidden)
+        found = []
+        if "views" in recipe.tasks:
+            found.append(contrastive_loss(heads.embed(encoder.tokens(views).mean(1))))
+        if "patches" in recipe.tasks:
+            views = views[: batch // 2]  # the cheaper task learns from fewer
+            hidden = (torch.rand(len(views), encoder.side**2, generator=generator) < 0.75).to(device)
+            found.append(heads.fill_in_loss(encoder.tokens(views, hidden, heads.mask_token), views, hidden))
+        return sum(found)
 
-    _descend(network, loss, seed, steps, lr=2e-3, progress=progress)
+    _descend(network, loss, seed, steps, recipe.lr, progress)
     return encoder.standardise(pixels)
 
 
-def random_encoder(images: Tensor, seed: int, device: str = "cpu", grid: int = 2) -> StandInEncoder:
+def train_supervised_encoder(
+    images: Tensor, labels: Tensor, seed: int, steps: int = 250, batch: int = 64, device: str = "cpu", grid: int = 2,
+    progress: Progress | None = None, recipe: EncoderRecipe = EncoderRecipe(),
+) -> StandInEncoder:  # fmt: skip
+    """images (N, 3, S, S) uint8, labels (N,) int64 -> the same encoder, which learned to classify by its mean token."""
+    require(labels.shape == images.shape[:1], "labels", tuple(labels.shape), f"of shape ({len(images)},), one a image")
+    pixels, labels = _pixels(images, batch, device), labels.to(device)
+    with _initialised_from(seed):
+        encoder = recipe.encoder(images.shape[-1], grid)
+        head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1)
+    network = nn.ModuleDict({"encoder": encoder, "head": head}).to(device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = _draw(len(pixels), batch, generator).to(device)
+        views = jitter(affine(pixels[index], generator), generator)
+        return F.cross_entropy(head(encoder.tokens(views).mean(1)), labels[index])
+
+    _descend(network, loss, seed, steps, recipe.lr, progress)
+    return encoder.standardise(pixels)
+
+
+def random_encoder(
+    images: Tensor, seed: int, device: str = "cpu", grid: int = 2, recipe: EncoderRecipe = EncoderRecipe()
+) -> StandInEncoder:  # fmt: skip
     """The control: the encoder of `train_encoder` before its first step, standardised on `images` in the same way."""
     with _initialised_from(seed):
-        encoder = StandInEncoder(image_size=images.shape[-1], grid=grid)
+        encoder = recipe.encoder(images.shape[-1], grid)
     return encoder.to(device).standardise(_pixels(images, 1, device))
 
 
 def train_perceptual(
-    images: Tensor, labels: Tensor, seed: int, steps: int = 250, batch: int = 64, device: str = "cpu", progress: Progress | None = None
-) -> StandInPerceptual:
+    images: Tensor, labels: Tensor, seed: int, steps: int = 250, batch: int = 64, device: str = "cpu", progress: Progress | None = None,
+    widths: tuple[int, ...] = (16, 32, 64),
+) -> StandInPerceptual:  # fmt: skip
     """images (N, 3, S, S) uint8, labels (N,) int64 -> a frozen classifier whose features measure distances."""
     require(labels.shape == images.shape[:1], "labels", tuple(labels.shape), f"of shape ({len(images)},), one a image")
     pixels, labels = _pixels(images, batch, device), labels.to(device)
     with _initialised_from(seed):
-        network = StandInPerceptual(num_classes=int(labels.max()) + 1)
+        network = StandInPerceptual(widths, int(labels.max()) + 1)
     network.to(device)
 
     def loss(generator: torch.Generator) -> Tensor:
