@@ -12,7 +12,8 @@ SIZES = ("S", "B", "L", "XL", "1p0B", "1p6B")
 MODEL_TYPES = (*(f"LightningDiT-{size}/{patch}" for size in SIZES for patch in (1, 2)), "custom")
 
 # Published settings, by the paper's table; `sample --preset` overrides `sample.*` with them.
-_PAPER = dict(mode="ODE", sampling_method="euler", num_sampling_steps=250, timestep_shift=0.3, labels="random")
+_PAPER = dict(mode="ODE", sampling_method="euler", num_sampling_steps=250, timestep_shift=0.3, labels="random",
+              cfg_interval_end=1.0, cfg_channels=3)  # fmt: skip
 SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     "paper-64ep": dict(_PAPER, cfg_scale=10.0, cfg_interval_start=0.10),
     "paper-800ep": dict(_PAPER, cfg_scale=6.7, cfg_interval_start=0.125),

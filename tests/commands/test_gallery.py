@@ -49,6 +49,15 @@ def test_it_is_drawn_again_to_the_same_bytes_and_stands_in_the_report(tiny, tmp_
     assert "Gallery" in (run / "report.html").read_text()
 
 
+def test_autoguidance_guides_pictures_too(tiny, out):
+    """The model as its own guide is no guidance at all, whatever the scale."""
+    words = ("--pictures", "classes", "sample.cfg_channels=all")
+    drawn(tiny, out / "itself", *words, f"sample.guide={tiny.dit_run}", "sample.cfg_scale=3")
+    drawn(tiny, out / "alone", *words, "sample.cfg_scale=1")
+    itself, alone = (cells(out / name / "classes.png", 3).astype(int) for name in ("itself", "alone"))
+    assert np.abs(itself - alone).max() <= 1
+
+
 def test_slerp_stays_among_typical_noises():
     a, b = torch.randn(2, 5, 4, 8, 8).unbind(0)
     torch.testing.assert_close(slerp(a, b, 0.0), a)
@@ -72,6 +81,7 @@ def test_copies_of_training_latents_are_found(tiny, monkeypatch):
 @pytest.mark.parametrize("more, said", [
     (("--pictures", "portraits"), "--pictures"), (("--classes", "0,2"), "--classes"), (("--columns", "1"), "--columns"), (("--seed", "-1"), "--seed"),
     (("sample.mode=SDE",), "sample.mode"), (("data.data_path=nowhere",), "nowhere"),
+    pytest.param(("sample.precision=fp8",), "set sample.precision=bf16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="may have fp8")),
 ])  # fmt: skip
 def test_wrong_words(tiny, out, capsys, more, said):
     assert main(["gallery", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), *more]) == 2

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny import contents, copy, done, files
 
-from vavae_fast import artifacts
+from vavae_fast import artifacts, distributed
 from vavae_fast.cli import main
 from vavae_fast.commands import sample as module
 
@@ -115,6 +115,35 @@ def test_a_draw_begun_with_another_batch_size_is_continued_with_that(tiny, out, 
     assert "per_proc_batch_size=4; continue with that" in capsys.readouterr().err
 
 
+def test_a_draw_begun_in_another_precision_is_not_finished_in_this_one(tiny, out, capsys, monkeypatch):
+    """`auto` is bf16 on a GPU and float32 on a CPU: a draw that moves from one to the other would be half of each."""
+    words = ["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_assemble", lambda plan, world: None)
+        patch.setattr(module, "precision_of", lambda config, device: "bf16")
+        done(*words)
+    assert main(words) == 2
+    assert "was begun with sample.precision=bf16; continue with that" in capsys.readouterr().err
+
+
+def test_another_tokenizer_than_the_latents_is_refused(tiny, out, tmp_path, capsys):
+    """By what the checkpoint knows of its latents; of a file of weights, by the latents whose statistics are used."""
+    other = f"vae.ckpt_path={tiny.tokenizer_run / 'checkpoints' / 'step_00000002'}"
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), other]) == 2
+    said = capsys.readouterr().err
+    assert "step_00000002: not the tokenizer that made the latents of" in said and said.count("\n") == 1
+    weights = tmp_path / "lightningdit.safetensors"
+    done("export", "--run", str(tiny.dit_run), "--out", str(weights))
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(weights), "--out", str(out), other]) == 2
+    assert f"made the latents of {tiny.latents}" in capsys.readouterr().err and not out.exists()
+
+
+def test_everything_that_an_image_depends_on_is_in_the_manifest(tiny, ten):
+    facts = json.loads((ten / "manifest.json").read_text())["facts"]
+    assert facts["tokenizer"]["sha256"] == facts["checkpoint"]["tokenizer"] and facts["weights"] == "ema"
+    assert facts["statistics_sha256"] == artifacts.sha256(tiny.latents / "latents_stats.pt")
+
+
 def test_seed_weights_and_labels_matter(tiny, ten, out):
     images, labels = images_of(ten)
     assert not np.array_equal(drawn(tiny, out / "seed", "--seed", "1")[0], images)
@@ -140,6 +169,14 @@ def test_single_images_can_be_asked_for_later(tiny, ten, out, monkeypatch):
     (out / "png" / "000003.png").unlink()
     images, _ = drawn(tiny, out, "--png")
     assert np.array_equal(np.asarray(Image.open(out / "png" / "000003.png")), images[3]) and np.array_equal(images, images_of(ten)[0])
+
+
+def test_single_images_of_a_complete_draw_are_the_main_process_s(tiny, ten, out, monkeypatch):
+    """Several would take each other's temporary files away."""
+    copy(ten, out)
+    monkeypatch.setattr(distributed, "open_world", lambda: distributed.World(rank=1, size=1, device=torch.device("cpu")))
+    done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "--png")
+    assert not (out / "png").exists()
 
 
 def test_what_the_writing_thread_meets_ends_the_draw(tiny, out, monkeypatch, capsys):
@@ -202,4 +239,4 @@ def test_without_normalisation_no_statistics_are_needed(tiny, out):
 def test_dry_run_says_what_would_be_done_and_writes_nothing(tiny, out, capsys):
     done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "--dry-run")
     said = capsys.readouterr().out
-    assert "num        10" in said and "nothing was written" in said and not out.exists()
+    assert "\nlatent_multiplier 1.0\n" in said and "nothing was written" in said and not out.exists()

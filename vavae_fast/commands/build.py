@@ -149,12 +149,23 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_digest(tokenizer: AutoencoderKL, path: Path | str | None, makers: Mapping[str, str | None]) -> str:
+    """`weights_digest` of a tokenizer that is to decode latents. makers: whose latents -> the digest of what made them, None where that is
+    not known; `BadInput` where it is another: such images look like noise, or nearly right, and every score of them is wrong."""
+    found = weights_digest(tokenizer)
+    for whose, maker in makers.items():
+        if maker not in (None, found):
+            raise BadInput(f"{path}: not the tokenizer that made the latents of {whose} (its weights differ); give that one")
+    return found
+
+
 def dit_weights(path: Path, which: str = "ema") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LightningDiT's weights in a file or folder, and what identifies them: path, step, sha256."""
+    """LightningDiT's weights in a file or folder, and what identifies them: path, step, sha256, and the tokenizer of their latents."""
     if path.is_dir():
         folder = checkpoint_folder(path)
         groups, manifest = load_checkpoint(folder, which)
-        return dict(groups[which]), {"path": str(folder), "step": manifest["step"], "sha256": group_digest(manifest, which)}
+        maker = manifest.get("data", {}).get("tokenizer")
+        return dict(groups[which]), {"path": str(folder), "step": manifest["step"], "sha256": group_digest(manifest, which), "tokenizer": maker}
     return read_state_dict(path, prefer=which), {"path": str(path), "sha256": artifacts.sha256(path)}
 
 

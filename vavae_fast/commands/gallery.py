@@ -7,7 +7,7 @@
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,7 @@ class GalleryPlan:
     columns: int
     seed: int
     out: Path
-    model: Any
-    tokenizer: Any
-    transport: Any
-    stats: Any  # (mean, std)
+    networks: sample.Networks
     latents: Any  # training latents, for neighbours; or None
     facts: dict[str, Any]
 
@@ -69,7 +66,6 @@ def plan(config: LightningDiTConfig, args) -> GalleryPlan:
         config = replace(config, train=replace(config.train, fused=True))
     if config.sample.mode == "SDE":
         raise BadInput("sample.mode: pictures are drawn by the ODE, of which an image is a smooth function of its noise; set sample.mode=ODE")
-    settings = sample.sampler_settings(config.sample)
     count = config.data.num_classes
     spread = [k * count // min(4, count) for k in range(min(4, count))]
     classes = spread if args.classes is None else sample.label_list(args.classes, count, "--classes")
@@ -77,14 +73,10 @@ def plan(config: LightningDiTConfig, args) -> GalleryPlan:
     require(seed >= 0, "--seed", seed, "0 or more")
     out = args.out or run_folder(config, args.config) / "gallery"
     artifacts.require_writable(out)
-
-    from vavae_fast.commands import build
-
-    model, identity = build.trained_lightningdit(config, args.checkpoint, args.weights)
-    tokenizer = build.tokenizer(config)
-    facts = dict(checkpoint=identity, classes=classes, seed=seed, sampler=asdict(settings), tokenizer=config.vae.ckpt_path)
-    return GalleryPlan(config, pictures, classes, args.columns, seed, out, model, tokenizer, build.transport(config.transport, config.train.fused),
-                       sample.latent_statistics(config), _latents(config) if "neighbours" in pictures else None, facts)  # fmt: skip
+    networks = sample.load_networks(config, args.checkpoint, args.weights)
+    latents = _latents(config) if "neighbours" in pictures else None
+    facts = dict(classes=classes, columns=args.columns, seed=seed, preset=args.preset) | networks.facts
+    return GalleryPlan(config, pictures, classes, args.columns, seed, out, networks, latents, facts)
 
 
 def _latents(config: LightningDiTConfig):
@@ -127,9 +119,11 @@ class Artist:
         config = plan.config
         self.plan, self.device, self.precision = plan, device, sample.precision_of(config, device)
         self.settings = sample.sampler_settings(config.sample)
-        self.predict = sample.predictor_of(config, plan.model, self.precision, device)
-        self.decode = decoder(plan.tokenizer, device, self.precision)
-        mean, std = (s.to(device) for s in plan.stats)
+        self.predict, self.guide = (
+            sample.predictor_of(config, model, self.precision, device) for model in (plan.networks.model, plan.networks.guide)
+        )
+        self.decode = decoder(plan.networks.tokenizer, device, self.precision)
+        mean, std = (s.to(device) for s in plan.networks.stats)
         self.scale = LatentScale(mean, std, config.data.latent_multiplier)
         self.shape = (config.model.in_chans, config.latent_size, config.latent_size)
         self.labels = torch.tensor(plan.classes, device=device)
@@ -178,11 +172,11 @@ class Artist:
         from vavae_fast.flow.guidance import guided
 
         s, parts = self.settings, []
-        sampler = replace(bind_sampler(self.plan.transport, s, self.plan.seed, labels), keep_trajectory=keep)
+        sampler = replace(bind_sampler(self.plan.networks.transport, s, self.plan.seed, labels), keep_trajectory=keep)
         size = self.plan.config.sample.per_proc_batch_size
         for part, y in zip(x.split(size), labels.split(size)):
             interval = (s.cfg_interval_start, s.cfg_interval_end)
-            predict = guided(self.predict, s.cfg_scale, y, self.plan.config.data.num_classes, s.cfg_channels, interval)
+            predict = guided(self.predict, s.cfg_scale, y, self.plan.config.data.num_classes, s.cfg_channels, interval, self.guide)
             parts.append(sampler.integrate(predict, part))
         return torch.cat(parts, dim=1)
 

@@ -32,6 +32,18 @@ def arguments(parser) -> None:
 
 
 @dataclass(frozen=True)
+class Networks:
+    """What draws, checked one against another, on the CPU."""
+
+    model: Any
+    guide: Any  # the lesser model of autoguidance, or None
+    tokenizer: Any
+    transport: Any
+    stats: Any  # (mean, std), each (1, C, 1, 1)
+    facts: dict[str, Any]  # what they are, and the settings that they are called with
+
+
+@dataclass(frozen=True)
 class SamplePlan:
     """A checked draw."""
 
@@ -41,17 +53,14 @@ class SamplePlan:
     seed: int
     labels: Any  # (num,) int64 array
     png: bool
-    model: Any
-    guide: Any  # the lesser model of autoguidance, or None
-    tokenizer: Any
-    transport: Any
-    stats: Any  # (mean, std), each (1, C, 1, 1)
+    networks: "Networks"
     facts: dict[str, Any]  # into manifest.json: what the images are a function of
 
     def describe(self) -> str:
-        lines = "\n".join(f"{key:<11}{value}" for key, value in self.facts.items())
+        width = max(map(len, self.facts)) + 1
+        lines = "\n".join(f"{key:<{width}}{value}" for key, value in self.facts.items())
         disk = self.num * 3 * self.config.data.image_size**2
-        return f"{lines}\nout        {self.out}, at most {2 * disk / 1e6:.0f} MB while it is written\nnothing was written"
+        return f"{lines}\n{'out':<{width}}{self.out}, at most {2 * disk / 1e6:.0f} MB while it is written\nnothing was written"
 
 
 def plan(config: LightningDiTConfig, args) -> SamplePlan:
@@ -68,28 +77,39 @@ def plan(config: LightningDiTConfig, args) -> SamplePlan:
     out = args.out or run_folder(config, args.config) / f"samples-cfg{config.sample.cfg_scale:g}-seed{seed}"
     artifacts.require_writable(out)
     artifacts.require_space(out, 2 * num * 3 * config.data.image_size**2)
+    networks = load_networks(config, args.checkpoint, args.weights)
+    facts = dict(num=num, seed=seed, labels=args.labels or config.sample.labels, preset=args.preset) | networks.facts
+    plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, networks, facts)
+    _require_same_draw(plan)
+    return plan
+
+
+def load_networks(config: LightningDiTConfig, checkpoint: str | None, weights: str) -> Networks:
+    """The sampler's settings are checked first, then the model with its guide, then the tokenizer and the statistics."""
     settings = sampler_settings(config.sample)
     guidable = config.model.class_dropout_prob > 0 or config.sample.cfg_scale <= 1 or config.sample.guide is not None
     require(guidable, "sample.cfg_scale", config.sample.cfg_scale, "1 for a model without a null class (model.class_dropout_prob is 0)")
-    given_path(args.checkpoint or config.ckpt_path, "--checkpoint" if args.checkpoint else "ckpt_path", "the LightningDiT weights")
+    given_path(checkpoint or config.ckpt_path, "--checkpoint" if checkpoint else "ckpt_path", "the LightningDiT weights")
 
     from vavae_fast.commands import build
+    from vavae_fast.data.latents import extraction_facts
 
     if config.sample.precision == "fp8":
         _require_fp8()
-    transport = build.transport(config.transport, config.train.fused)
-    model, identity = build.trained_lightningdit(config, args.checkpoint, args.weights)
-    guide, guide_identity = _guide(config, args.weights)
+    model, identity = build.trained_lightningdit(config, checkpoint, weights)
+    guide, guide_identity = _guide(config, weights)
     tokenizer = build.tokenizer(config)
-    stats = latent_statistics(config)
+    stats, stats_sha256 = latent_statistics(config)
+    makers = {identity["path"]: identity.get("tokenizer")}
+    if config.data.data_path is not None:
+        makers[config.data.data_path] = extraction_facts(Path(config.data.data_path)).get("tokenizer")
     facts = dict(
-        num=num, seed=seed, labels=args.labels or config.sample.labels, sampler=asdict(settings), precision=config.sample.precision,
-        preset=args.preset, checkpoint=identity, guide=guide_identity, tokenizer=config.vae.ckpt_path, image_size=config.data.image_size,
-        latent_norm=config.data.latent_norm, latent_multiplier=config.data.latent_multiplier, transport=asdict(config.transport),
+        sampler=asdict(settings), precision=config.sample.precision, checkpoint=identity, weights=weights, guide=guide_identity,
+        tokenizer=dict(path=config.vae.ckpt_path, sha256=build.tokenizer_digest(tokenizer, config.vae.ckpt_path, makers)),
+        statistics_sha256=stats_sha256, image_size=config.data.image_size, latent_norm=config.data.latent_norm,
+        latent_multiplier=config.data.latent_multiplier, transport=asdict(config.transport),
     )  # fmt: skip
-    plan = SamplePlan(config, out, num, seed, _labels(config, num, seed, given), args.png, model, guide, tokenizer, transport, stats, facts)
-    _require_same_draw(plan)
-    return plan
+    return Networks(model, guide, tokenizer, build.transport(config.transport, config.train.fused), stats, facts)
 
 
 def _require_fp8() -> None:
@@ -144,15 +164,15 @@ def _labels(config: LightningDiTConfig, num: int, seed: int, given: list[int] | 
 
 
 def latent_statistics(config: LightningDiTConfig):
-    """Mean and standard deviation that undo the normalisation of training: latents_stats.pt in data.data_path, or beside it."""
+    """(mean, std) that undo the normalisation of training, of latents_stats.pt in data.data_path, and its sha256; 0, 1 and None without one."""
     import torch
 
     if not config.data.latent_norm:
-        return torch.zeros(1, config.model.in_chans, 1, 1), torch.ones(1, config.model.in_chans, 1, 1)
+        return (torch.zeros(1, config.model.in_chans, 1, 1), torch.ones(1, config.model.in_chans, 1, 1)), None
     from vavae_fast.data.latents import read_statistics
 
-    folder = given_path(config.data.data_path, "data.data_path", "the folder that holds latents_stats.pt")
-    return read_statistics(folder / "latents_stats.pt", config.model.in_chans)
+    path = given_path(config.data.data_path, "data.data_path", "the folder that holds latents_stats.pt") / "latents_stats.pt"
+    return read_statistics(path, config.model.in_chans), artifacts.sha256(path)
 
 
 def sampler_settings(s: SampleConfig):
@@ -173,8 +193,17 @@ def _require_same_draw(plan: SamplePlan) -> None:
         held = artifacts.read_json(plan.out / name) if (plan.out / name).is_file() else None
         if held and held.get("facts") != _jsonable(plan.facts):
             raise BadInput(f"{plan.out}: holds samples of other settings; choose another --out, or remove it")
-        if held and held.get("batch", plan.config.sample.per_proc_batch_size) != plan.config.sample.per_proc_batch_size:
-            raise BadInput(f"{plan.out}: was begun with sample.per_proc_batch_size={held['batch']}; continue with that, or choose another --out")
+        for key, value in _begun_with(plan).items() if held else ():
+            if held.get(key, value) != value:
+                raise BadInput(f"{plan.out}: was begun with sample.{key}={held[key]}; continue with that, or choose another --out")
+
+
+def _begun_with(plan: SamplePlan) -> dict[str, Any]:
+    """Of a draw that is not finished: what all its parts have in common beside the facts. `precision` is what auto means on this device."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return dict(per_proc_batch_size=plan.config.sample.per_proc_batch_size, precision=precision_of(plan.config, device))
 
 
 def _jsonable(value: Any) -> Any:
@@ -187,24 +216,30 @@ def run(plan: SamplePlan) -> Path:
     """Draw what is missing, batch by batch; the last process to finish puts the parts together."""
     from vavae_fast.distributed import open_world
 
-    if (plan.out / "manifest.json").is_file():
-        if plan.png:
-            import numpy as np
-
-            with np.load(plan.out / "samples.npz", allow_pickle=False) as archive:
-                _write_pngs(plan, 0, archive["arr_0"])
-        print(f"{plan.out.name}  {plan.out}: already complete")
-        return plan.out
     with open_world() as world:
+        if (plan.out / "manifest.json").is_file():
+            if world.main:
+                _finish(plan)
+            return plan.out
         if world.main:
             (plan.out / "parts").mkdir(parents=True, exist_ok=True)
-            artifacts.write_json(plan.out / "parts" / "manifest.json", dict(facts=plan.facts, batch=plan.config.sample.per_proc_batch_size))
+            artifacts.write_json(plan.out / "parts" / "manifest.json", dict(facts=plan.facts, **_begun_with(plan)))
         world.barrier()
         _draw(plan, world)
         world.barrier()
         if world.main:
             _assemble(plan, world)
     return plan.out
+
+
+def _finish(plan: SamplePlan) -> None:
+    """A draw that is complete lacks at most its single images."""
+    if plan.png:
+        import numpy as np
+
+        with np.load(plan.out / "samples.npz", allow_pickle=False) as archive:
+            _write_pngs(plan, 0, archive["arr_0"])
+    print(f"{plan.out.name}  {plan.out}: already complete")
 
 
 def _part(plan: SamplePlan, first: int) -> Path:
@@ -225,14 +260,14 @@ def _draw(plan: SamplePlan, world) -> None:
         return
     wanted = torch.tensor([i for first in missing for i in range(first, min(first + size, plan.num))], dtype=torch.int64)
     precision = precision_of(config, device)
-    predict, guide = (predictor_of(config, model, precision, device) for model in (plan.model, plan.guide))
-    mean, std = (s.to(device) for s in plan.stats)
+    predict, guide = (predictor_of(config, model, precision, device) for model in (plan.networks.model, plan.networks.guide))
+    mean, std = (s.to(device) for s in plan.networks.stats)
     latents = generate_latents(
         predict, torch.from_numpy(plan.labels).to(device), (config.model.in_chans, config.latent_size, config.latent_size),
-        sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes, transport=plan.transport, batch_size=size,
+        sampler_settings(config.sample), seed=plan.seed, null_label=config.data.num_classes, transport=plan.networks.transport, batch_size=size,
         indices=wanted, guide=guide, whole_batches=device.type == "cuda",
     )  # fmt: skip
-    images = generate_images(latents, decoder(plan.tokenizer, device, precision), LatentScale(mean, std, config.data.latent_multiplier))
+    images = generate_images(latents, decoder(plan.networks.tokenizer, device, precision), LatentScale(mean, std, config.data.latent_multiplier))
     with matmul_precision(precision):
         _write(plan, images, len(wanted), say=world.main)
 

@@ -42,6 +42,11 @@ def open_latents(folder: str | Path) -> "Latents":
     return Latents(store, *read_statistics(folder / STATISTICS, store.shape[0]))
 
 
+def extraction_facts(folder: Path) -> dict[str, Any]:
+    """What made the latents in `folder`, by its manifest: the tokenizer's digest, the images, their classes; empty where there is none."""
+    return read_json(folder / MANIFEST).get("facts", {}) if (folder / MANIFEST).is_file() else {}
+
+
 class ShardStore:
     """The open shards of one folder as one array of rows; their statistics are not needed here.
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_fast import artifacts
 from vavae_fast.commands import build
 from vavae_fast.config import SAMPLE_PRESETS, LightningDiTConfig, to_mapping
-from vavae_fast.data.latents import MANIFEST, read_statistics
+from vavae_fast.data.latents import extraction_facts, read_statistics
 from vavae_fast.data.shards import STATISTICS
 from vavae_fast.errors import BadInput, require
 from vavae_fast.models.autoencoder import AutoencoderKL
@@ -86,7 +85,7 @@ def from_run(path: Path, tokenizer: Path | None, statistics: Path | None, weight
     latents = Path(trained["data"]["data_path"])
     vae = tokenizer or _still_there(trained["vae"].get("ckpt_path"), path, "tokenizer", "the tokenizer that made its latents")
     autoencoder = build.tokenizer(config, str(vae))
-    _require_tokenizer_of(manifest, autoencoder, vae)
+    build.tokenizer_digest(autoencoder, vae, {"this run": identity["tokenizer"]})
     mean_std = unnormalised(config)
     if config.data.latent_norm:
         stats = statistics or _still_there(str(latents / STATISTICS), path, "latents_stats", f"{STATISTICS} of its latents")
@@ -101,13 +100,6 @@ def _still_there(value: str | None, run: Path, argument: str, what: str) -> Path
         fault = f"its config names {value}, which is not here" if value else "its config does not name one"
         raise BadInput(f"{argument}: missing for {run} ({fault}); give {argument}=PATH, {what}")
     return Path(value)
-
-
-def _require_tokenizer_of(manifest: dict[str, Any], tokenizer: AutoencoderKL, path: Path) -> None:
-    """The latents that were trained on say which tokenizer made them, where they are ours."""
-    expected = manifest.get("data", {}).get("tokenizer")
-    if expected and build.weights_digest(tokenizer) != expected:
-        raise BadInput(f"{path}: not the tokenizer that made the latents of this run (its weights differ); give that one")
 
 
 def unnormalised(config: LightningDiTConfig) -> tuple[Tensor, Tensor]:
@@ -130,9 +122,7 @@ def _training(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _class_names(latents: Path, num_classes: int) -> tuple[str, ...]:
     """Those of the images that the latents were made of, where the latents lie here and are ours."""
-    path = latents / MANIFEST
-    facts = artifacts.read_json(path).get("facts", {}) if path.is_file() else {}
-    names = tuple(facts.get("classes") or ())
+    names = tuple(extraction_facts(latents).get("classes") or ())
     return names if len(names) <= num_classes else ()
 
 
