@@ -6,6 +6,7 @@
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ class Session:
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         self.config.stash[MEASURED] += rows
+
+    def compare(self, benchmark, step) -> None:
+        """Measure a step's ways side by side, keep and judge the row; skipped where it is no comparison."""
+        from benchmarks import steps
+
+        reference = os.environ.get("VAVAE_REFERENCE")
+        settings = steps.REHEARSAL if self.rehearse else steps.Settings()
+        settings = replace(settings, reference=Path(reference) if reference else None)
+        if reason := step.lacking(self.device, settings):
+            pytest.skip(reason)
+        row = steps.compare(step, self.device, settings, last=lambda turn, rounds: benchmark.pedantic(turn, rounds=rounds))
+        self.judge(benchmark, [dict(row, section="steps", key=f"steps/{step.name}")])
 
     def judge(self, benchmark, rows: list[dict[str, Any]]) -> None:
         """Keep the rows, in pytest-benchmark's file too, and fail where one is under its guard."""

@@ -28,7 +28,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 
-from benchmarks import checks, operators, optimizers, steps, tokenizer_steps, tuning
+from benchmarks import checks, operators, optimizers, sampling, steps, tokenizer_steps, tuning
 from benchmarks.ceilings import UNKNOWNS, Rates, bounds, ceilings
 from benchmarks.guards import read as read_guards
 from benchmarks.records import RESULTS, ROOT, Records, Row, lines, smi
@@ -186,10 +186,13 @@ def check(names: list[str], folder: Path, rehearse: bool) -> None:
 
 def _compare(bench: Bench, step: steps.Step, profile: bool = False) -> None:
     key = f"steps/{step.name}"
-    if not bench.missing(key) or ("public code" in step.arms and bench.step_timing.reference is None):
+    if not bench.missing(key):
+        return
+    if reason := step.lacking(bench.device, bench.step_timing):
+        print(f"left out  {key}: {reason}", flush=True)
         return
     row = lambda: steps.compare(step, bench.device, bench.step_timing, profile)
-    bench.attempt("steps", key, lambda: [(key, row())], needs=240 if "compiled model" in step.arms else 90)
+    bench.attempt("steps", key, lambda: [(key, row())], needs=step.needs)
 
 
 def main_step(bench: Bench) -> None:
@@ -205,6 +208,12 @@ def tokenizer(bench: Bench) -> None:
     """Its training step, encoding, decoding, and the forms of doubling."""
     for step in tokenizer_steps.REHEARSED if bench.rehearse else tokenizer_steps.STEPS:
         _compare(bench, step, profile=step is tokenizer_steps.MAIN)
+
+
+def whole_draws(bench: Bench) -> None:
+    """Sampling with the published settings, decoding included, and the parts of a step."""
+    for step in sampling.REHEARSED if bench.rehearse else sampling.STEPS:
+        _compare(bench, step)
 
 
 def _measure(bench: Bench, case: operators.Case) -> None:
@@ -259,7 +268,8 @@ def _write_configurations(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine, "ceilings": measured_ceilings, "unknowns": unknowns, "correctness": correctness, "step": main_step,
-    "tokenizer": tokenizer, "operators": first_operators, "steps": other_steps, "more-operators": other_operators, "configs": configurations,
+    "sampling": whole_draws, "tokenizer": tokenizer, "operators": first_operators, "steps": other_steps, "more-operators": other_operators,
+    "configs": configurations,
 }  # fmt: skip
 
 

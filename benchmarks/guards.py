@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import optimizers, steps, tokenizer_steps
+from benchmarks import optimizers, sampling, steps, tokenizer_steps
 from benchmarks.records import Row
 from vavae_kernels.testing.spec import Spec, specs
 
@@ -35,11 +35,16 @@ class Counted:
 class OnHost:
     """What needs no GPU and belongs to no operator: latents_over_plain, the latent stream's speed over plain reading of the same files;
     images_over_plain, that of decoding and cropping photos over a plain loader; adamw_bytes, the most bytes a parameter that a step of
-    csrc's host build moves."""
+    csrc's host build moves; of evaluation, the speed of the Fréchet distance over SciPy's and torch-fidelity's way, that of mean and
+    covariance, and that of precision and recall."""
 
     latents_over_plain: float
     images_over_plain: float
     adamw_bytes: float
+    frechet_over_scipy: float
+    frechet_over_fidelity: float
+    statistics_over_fidelity: float
+    manifolds_over_fidelity: float
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ def read(path: Path = FILE) -> Guards:
         if name != checked_apart:
             counted[name] = Counted(*(file.numbers(guard[key], f"ops.{name}.{key}") for key in _names(Counted)))
         ops[name] = file.cases(guard["gpu"], f"ops.{name}.gpu", known.get(name))
-    named = [step.name for step in (*steps.STEPS, *tokenizer_steps.STEPS)]
-    baselines = (*steps.BASELINES, *tokenizer_steps.BASELINES)
+    named = [step.name for step in (*steps.STEPS, *sampling.STEPS, *tokenizer_steps.STEPS)]
+    baselines = (*steps.BASELINES, *sampling.BASELINES, *tokenizer_steps.BASELINES)
     by_step = {name: file.least(value, f"steps.{name}", baselines) for name, value in file.some(top["steps"], "steps", named)}
     host = {key: file.number(value, f"host.{key}") for key, value in file.table(top["host"], "host", _names(OnHost)).items()}
     return Guards(counted, ops, by_step, OnHost(**host))

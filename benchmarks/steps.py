@@ -1,4 +1,4 @@
-"""Training steps, sampling steps and single blocks of LightningDiT in every way to run them, on the same weights.
+"""Training steps and single blocks of LightningDiT in every way to run them, on the same weights; `sampling` has its sampling.
 
 An arm is a way: plain or fused operators, eager, compiled by block (what the public code does) or as a whole, or the public
 repository's own modules. Plain arms step with torch.optim.AdamW(fused=True) and a foreach EMA, fused arms with AdamWEMA; all see
@@ -159,24 +159,6 @@ class TrainingStep:
         self.update()
 
 
-class SamplingStep:
-    """One guided Euler step of `batch` images: 2 batch evaluations and the update, in bf16."""
-
-    def __init__(self, arm: Arm, model: nn.Module, batch: int, device: torch.device):
-        c, side = model.x_embedder.proj.in_channels, int(model.pos_embed.shape[1] ** 0.5)
-        self.model, self.device = model.eval(), device
-        self.x = torch.randn(2 * batch, c, side, side, device=device)
-        self.t = torch.full((2 * batch,), 0.5, device=device)
-        null = model.y_embedder.num_classes
-        self.y = torch.cat((torch.randint(null, (batch,), device=device), torch.full((batch,), null, device=device)))
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
-            v = self.model.forward_with_cfg(self.x, self.t, self.y, 10.0)
-        return self.x + 0.004 * v
-
-
 class BlockStep:
     """Forward and backward of one block inside the chain: residual fp32, y and gate bf16, as autocast gives them."""
 
@@ -245,7 +227,7 @@ def fitting_batch(size: str, wanted: int, arms: Sequence[str], device: torch.dev
 
 @dataclass(frozen=True)
 class Step:
-    """What is compared: "train", "sample" or "block" of a size at a batch, in which ways, captured in CUDA graphs or not."""
+    """What is compared: "train" or "block" of a size at a batch, in which ways, captured in CUDA graphs or not."""
 
     what: str
     size: str
@@ -263,6 +245,24 @@ class Step:
         """Whether a way must compile a graph, or is no measurement."""
         return arm not in EAGER_ARMS
 
+    @property
+    def needs(self) -> float:
+        """Seconds without which gpu.sh does not begin it."""
+        return 240 if "compiled model" in self.arms else 90
+
+    def lacking(self, device: torch.device, settings: "Settings") -> str | None:
+        """Why it is no comparison here, if it is none."""
+        needs_reference = any(arm.startswith("public code") for arm in self.arms)
+        return "VAVAE_REFERENCE names no checkout of the public LightningDiT" if needs_reference and settings.reference is None else None
+
+    def timed(self, settings: "Settings") -> "Settings":
+        """`settings` as they suit it."""
+        return settings
+
+    def images(self, arm: str) -> float:
+        """What a call of a way makes: seconds of different ways are compared for as many images."""
+        return self.batch
+
     def fitting(self, device: torch.device) -> int:
         """The largest batch that can fit, as far as can be counted."""
         return fitting_batch(self.size, self.batch, self.arms, device) if self.what == "train" else self.batch
@@ -272,15 +272,14 @@ class Step:
         if self.what == "block":
             return {name: (lambda call=call: call) for name, call in block_calls(self.size, self.batch, device, settings.backend).items()}
         base = base_model(self.size, device)
-        kind = TrainingStep if self.what == "train" else SamplingStep
         model = lambda arm: in_the_way_of(arm, base, self.size, settings.backend, settings.reference)
-        return {name: lambda arm=ARMS[name]: kind(arm, model(arm), self.batch, device) for name in self.arms}
+        return {name: lambda arm=ARMS[name]: TrainingStep(arm, model(arm), self.batch, device) for name in self.arms}
 
     def facts(self, seconds: dict[str, float]) -> dict[str, Any]:
         """More for the row, of each way's median."""
         if self.what == "block":
             return {}
-        flops = flops_per_image(config(self.size)) * (3 if self.what == "train" else 2)
+        flops = flops_per_image(config(self.size)) * 3
         return dict(
             images_per_second={name: round(self.batch / median, 2) for name, median in seconds.items()},
             tflops={name: round(flops * self.batch / median / 1e12, 2) for name, median in seconds.items()},
@@ -288,19 +287,15 @@ class Step:
 
 
 MAIN_ARMS = ("compiled blocks", "fused, compiled blocks", "fused")
-SAMPLING_ARMS = (*MAIN_ARMS, "fused, one attention kernel, compiled blocks")  # needs no gradient
 MAIN = Step("train", "XL/1", 256, MAIN_ARMS)
 STEPS = (  # most valuable first; the block says what each operator is worth in the compiled block
     MAIN,
     Step("block", "XL/1", 256, (*WITHOUT, "eager", "fused")),
     Step("train", "XL/1", 256, ("public code", "fused, compiled blocks"), label="public code"),
     Step("train", "XL/1", 128, ("eager", "fused, compiled blocks"), label="eager"),
-    Step("sample", "XL/1", 64, ("eager", *SAMPLING_ARMS)),
     Step("train", "XL/1", 32, MAIN_ARMS, graph=True),
     Step("train", "B/1", 256, ("eager", *MAIN_ARMS)),
     Step("train", "B/1", 32, MAIN_ARMS, graph=True),
-    Step("sample", "XL/1", 4, SAMPLING_ARMS, graph=True),
-    Step("sample", "B/1", 64, ("eager", *SAMPLING_ARMS)),
     Step("train", "XL/1", 256, ("compiled model", "fused, compiled model", "fused, compiled blocks"), label="whole model"),
 )
 
@@ -325,7 +320,7 @@ def rehearsal(step: Step) -> Step:
 
 
 REHEARSAL = Settings(rounds=1, seconds=0.0, warm_up=0.0, backend="aot_eager")
-REHEARSED = tuple(rehearsal(STEPS[n]) for n in (0, 1, 2, 8, 10))  # one of each kind
+REHEARSED = tuple(rehearsal(STEPS[n]) for n in (0, 1, 2, 4, 7))  # one of each kind
 
 
 class Arms:
@@ -377,7 +372,7 @@ def compare(step: Step, device: torch.device, settings: Settings, profile: bool 
     fitting = step.fitting(device)
     while True:
         try:
-            return _compare(step, replace(step, batch=fitting), device, settings, profile, last)
+            return _compare(step, replace(step, batch=fitting), device, step.timed(settings), profile, last)
         except torch.cuda.OutOfMemoryError:
             if fitting <= 8:
                 raise
@@ -399,14 +394,15 @@ def _compare(asked: Step, step: Step, device: torch.device, settings: Settings, 
 
 
 def _row(asked: Step, arms: Arms, race: Race) -> dict[str, Any]:
-    """What goes into the results file; ratios are to the fastest of the fused arms."""
+    """What goes into the results file; ratios are to the fastest of the fused arms, times those of as many images as the batch has."""
     step, timings = arms.step, race.timings
     fused = [name for name in timings if name.startswith("fused")]
-    ours = min(fused, key=lambda name: timings[name].median) if fused else None
+    ours = min(fused, key=lambda name: timings[name].median / step.images(name)) if fused else None
+    ratio = lambda name: race.ratio(name, ours) * step.images(ours) / step.images(name)
     return dict(
         name=asked.name, what=step.what, size=step.size, batch=step.batch, ours=ours, how="graph" if step.graph else "calls",
-        us={name: round(1e6 * t.median, 1) for name, t in timings.items()},
+        us={name: round(1e6 * t.median * step.batch / step.images(name), 1) for name, t in timings.items()},
         spread={name: round(t.spread, 4) for name, t in timings.items()},
-        ratio={name: round(race.ratio(name, ours), 4) for name in timings if ours and name != ours},
+        ratio={name: round(ratio(name), 4) for name in timings if ours and name != ours},
         peak_gb=arms.peak_gb, left_out=arms.left_out, **step.facts({name: t.median for name, t in timings.items()}),
     )  # fmt: skip

@@ -120,8 +120,9 @@ class Race:
     def __init__(self, candidates: Mapping[str, Calls], device: torch.device, seconds: float = 0.05, warm_up: float = 0.1, graph: bool | None = None):
         self.device = device
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        host_bound = [_warmed(calls, device, warm_up) for calls in candidates.values()]
-        self.graph = any(host_bound) if graph is None else graph
+        for calls in candidates.values():
+            _warm_up(calls, device, warm_up)
+        self.graph = any(_host_bound(calls, device) for calls in candidates.values()) if graph is None else graph
         self.count = {name: len(calls) for name, calls in candidates.items()}  # calls in one pass
         one_pass = (lambda calls: captured(calls, device)) if self.graph else _in_turn
         self.passes: dict[str, Callable[[], None]] = {name: one_pass(calls) for name, calls in candidates.items()}
@@ -167,15 +168,19 @@ def _in_turn(calls: Calls) -> Callable[[], None]:
     return run
 
 
-def _warmed(calls: Calls, device: torch.device, seconds: float) -> bool:
-    """Run for `seconds`, once over all calls at least -> whether the host is too slow to keep the device busy."""
+def _warm_up(calls: Calls, device: torch.device, seconds: float) -> None:
+    """Run for `seconds`, once over all calls at least."""
     ends = time.perf_counter() + seconds
     while True:
         for call in calls:
             call()
         synchronize(device)
         if time.perf_counter() >= ends:
-            break
+            return
+
+
+def _host_bound(calls: Calls, device: torch.device) -> bool:
+    """Whether the host is too slow to keep the device busy."""
     if device.type != "cuda":
         return False
     watch, began = Stopwatch(device), time.perf_counter()

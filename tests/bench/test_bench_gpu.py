@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from benchmarks import gpu, steps
+from benchmarks import gpu
 from benchmarks.records import lines
 from vavae_fast.commands.bench_report import read
 
@@ -191,7 +191,3 @@ def test_a_line_for_every_kind_of_row():
     text = "\n".join(lines(rows))
     for words in ("4.2 TB/s", "worst 0.50", "out of memory", "3900 GB/s; 1.25 x compile", "FAILED   x: RuntimeError: no"):
         assert words in text
-
-
-def test_step_names_are_different():
-    assert len({step.name for step in steps.STEPS}) == len(steps.STEPS)
