@@ -55,7 +55,9 @@ class FeatureStatistics:
             x = x - self._origin
             mean = x.mean(dim=0)
             centred = x - mean
-            self._add(len(x), mean, centred.mT @ centred)
+            self._add(len(x), mean)
+            centred = centred.to(self._scatter.device)
+            self._scatter.addmm_(centred.mT, centred)  # in place: another (D, D) for each batch would take longer than the product
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the rows that `other` has seen, as if they had come through `update`."""
@@ -63,7 +65,8 @@ class FeatureStatistics:
             self._require_width(other._mean.numel())
             if self.count == 0:
                 self._kind, self._origin = other._kind, other._origin
-            self._add(other.count, other._mean + (other._origin - self._origin.to(other._origin.device)), other._scatter)
+            self._add(other.count, other._mean + (other._origin - self._origin.to(other._origin.device)))
+            self._scatter += other._scatter.to(self._scatter.device)
 
     def result(self) -> tuple[Array, Array]:
         """Mean (D,) and covariance (D, D) of the rows so far."""
@@ -83,13 +86,13 @@ class FeatureStatistics:
         if state:
             self.count, self._origin, self._mean, self._scatter = int(state["count"]), state["origin"], state["mean"], state["scatter"].clone()
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _add(self, count: int, mean: Tensor) -> None:
+        """Rows but for their own scatter, which the caller adds: what their mean's distance adds is in."""
         if self.count == 0:
-            self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
+            self.count, self._mean, self._scatter = count, mean.clone(), mean.new_zeros(len(mean), len(mean))
             return
         total = self.count + count
         step = mean.to(self._mean.device) - self._mean
-        self._scatter += scatter.to(self._scatter.device)
         self._scatter.addr_(step, step, alpha=self.count * count / total)
         self._mean += step * (count / total)
         self.count = total
