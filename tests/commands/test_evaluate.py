@@ -103,6 +103,50 @@ def test_samples_are_scored_with_the_inception_that_is_given(tmp_path, capsys, i
     assert "precision            1.0000  ± 0.0000 (95 %)" in said and "made_by" not in result
 
 
+class NotFinite(Pixels):
+    def forward(self, images):
+        return InceptionFeatures(*(rows * torch.nan for rows in super().forward(images)))
+
+
+@pytest.mark.parametrize("network, metrics, images, reference, words", [
+    (NotFinite, "fid", None, None, "NaN or infinite"), (NotFinite, "precision", None, None, "NaN or infinite"),
+    (Pixels, "is", np.full((9, 4, 4, 3), 7, np.uint8), None, "all 9 images are of one colour"),
+    (Pixels, "fid", None, dict(mu=np.zeros(7), sigma=np.eye(7)), "moments of 7"),
+    (Pixels, "precision", np.zeros((3, 4, 4, 3), np.uint8), None, "need 4 or more"), (Pixels, "is", np.zeros((9, 4, 4), np.uint8), None, "(9, 4, 4)"),
+    (Pixels, "recall", None, dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), "reference.npz: 2 images"),
+])  # fmt: skip
+def test_what_cannot_be_scored_is_one_line(tmp_path, monkeypatch, capsys, network, metrics, images, reference, words):
+    monkeypatch.setattr(module, "_inception", lambda path: network())
+    samples = npz(tmp_path / "s.npz", 2050, 4)
+    if images is not None:
+        np.savez(samples, arr_0=images)
+    if reference is not None:
+        np.savez(tmp_path / "reference.npz", **reference)
+    against = samples if reference is None else str(tmp_path / "reference.npz")
+    json_file = tmp_path / "a.json"
+    assert main(["evaluate", "--samples", samples, "--reference", against, "--metrics", metrics, "--json", str(json_file)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not json_file.exists()
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--tokenizer", "vae"], "--tokenizer"), (["--features", "dinov2"], "--features"), (["--features-weights", "hub"], "--features-weights"),
+    (["model.in_chans=4"], "model.in_chans=4"),
+])  # fmt: skip
+def test_a_flag_without_an_effect_is_refused(tmp_path, capsys, more, words):
+    samples = npz(tmp_path / "s.npz", 24)
+    assert main(["evaluate", "--samples", samples, "--reference", samples, "--metrics", "is", *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {words}") and said.count("\n") == 1
+
+
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    samples = npz(tmp_path / "s.npz", 24)
+    assert main(["evaluate", "--samples", samples, "--reference", samples, "--metrics", "is"]) == 2
+    assert "start evaluate without torchrun" in capsys.readouterr().err
+
+
 def test_what_made_the_samples_goes_with_the_scores(tiny, out, inception):
     done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "--num", "6")
     samples = str(out / "samples.npz")
@@ -133,6 +177,11 @@ def test_two_results_are_compared_with_what_made_them(tiny, out, inception, caps
     done("evaluate", "--compare", str(out / "a.json"), str(out / "c.json"))
     said = capsys.readouterr().out
     assert "! protocol.inception_sha256" in said and "not of the same measurement" in said
+    (out / "c.json").write_text(json.dumps(changed | dict(precision=None, recall=0.5)))
+    capsys.readouterr()
+    done("evaluate", "--compare", str(out / "a.json"), str(out / "c.json"))
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:3]}
+    assert rows == {"precision": ["1.0000", "–"], "recall": ["–", "0.5000"]}, "values that are not there, or not finite"
     (out / "d.json").write_text("{}")
     for wrong, words in ((out / "nowhere.json", "no such file"), (out / "d.json", "not the metrics of evaluate")):
         assert main(["evaluate", "--compare", str(out / "a.json"), str(wrong)]) == 2
@@ -156,8 +205,11 @@ def test_latents_are_decoded_on_the_fly(tiny, out, inception, capsys):
     words = ["evaluate", "--samples", str(tiny.latents), "--reference", str(out / "decoded.npz"), "--metrics", "precision,recall"]
     done(*words, "--tokenizer", str(tiny.tokenizer_run), "--json", str(out / "a.json"))
     result = json.loads((out / "a.json").read_text())
-    assert result["precision"] == result["recall"] == 1.0
-    for more, said in (([], "--tokenizer"), (["--tokenizer", str(tiny.dit_run)], "not of a tokenizer")):
+    assert result["precision"] == result["recall"] == 1.0 and result["protocol"]["batch"] == 32
+    assert result["made_by"]["facts"]["tokenizer"]["sha256"] == build.weights_digest(tokenizer)
+    older = str(tiny.tokenizer_run / "checkpoints" / "step_00000002")
+    for more, said in (([], "--tokenizer"), (["--tokenizer", str(tiny.dit_run)], "not of a tokenizer"),
+                       (["--tokenizer", older], "not the tokenizer that made the latents")):  # fmt: skip
         capsys.readouterr()
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err

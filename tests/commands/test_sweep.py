@@ -8,6 +8,7 @@ import torch
 from tiny import done
 
 import vavae_fast.evaluation as evaluation
+from vavae_fast import distributed
 from vavae_fast.cli import main
 from vavae_fast.commands import sweep as module
 from vavae_fast.evaluation.inception import InceptionFeatures
@@ -27,7 +28,7 @@ class PixelFeatures(torch.nn.Module):
 
 @pytest.fixture
 def reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: PixelFeatures())
+    monkeypatch.setattr(evaluation, "load_inception", lambda path: PixelFeatures())
     path = tmp_path / "reference.npz"
     np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8))
     return path
@@ -71,11 +72,26 @@ def test_what_is_there_is_neither_drawn_nor_scored_again(tiny, reference, out, c
     (("sample.cfg_scale=1,two",), "cfg_scale"), (("sample.cfg_scale=1,-1",), "cfg_scale"), (("sample.sampling_method=euler,oiler",), "oiler"),
     (("--metrics", "fid"), "--num: 6 images"), (("--metrics", "beauty"), "beauty"), (("--preset", "paper-64ep", "sample.cfg_scale=1,2"), "--preset"),
     (("model.hidden_size=32,64",), "hidden_size"), (("--reference", "nowhere.npz"), "nowhere.npz"),
+    (("sample.cfg_scale=1", "sample.cfg_scale=2"), "sample.cfg_scale"), (("--num", "3"), "need 4 or more"),
 ])  # fmt: skip
 def test_all_settings_are_checked_before_the_first_is_drawn(tiny, reference, out, capsys, more, said):
     assert main(swept(tiny, reference, out, *more)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_another_process_draws_and_leaves_scores_to_the_main_one(tiny, reference, out, monkeypatch):
+    seen = PixelFeatures.seen
+    monkeypatch.setattr(distributed, "open_world", lambda: distributed.World(rank=1, size=1, device=torch.device("cpu")))
+    done(*swept(tiny, reference, out, "sample.cfg_scale=1,2", "sample.per_proc_batch_size=2"))
+    assert PixelFeatures.seen == seen and not (out / "sweep.json").exists()
+
+
+def test_what_made_the_samples_stands_beside_their_scores(tiny, reference, out):
+    done(*swept(tiny, reference, out, "sample.cfg_scale=2,2"))
+    (setting,) = json.loads((out / "sweep.json").read_text())["settings"]
+    made = json.loads((out / setting["folder"] / "metrics.json").read_text())["made_by"]
+    assert made["facts"]["sampler"]["cfg_scale"] == 2 and made["run"]["batch"] == 4
 
 
 def test_dry_run(tiny, reference, out, capsys):

@@ -143,6 +143,10 @@ def test_too_few_for_fid(samples, real):
         evaluate_samples([samples[:2047]], reference, ("sfid",), Pixels())
     with pytest.raises(BadInput, match="few: 100 images"):
         evaluate_samples([samples], ReferenceStatistics("few", images=[real[:100]]), ("fid",), Pixels())
+    with pytest.raises(BadInput, match="samples: 3 images, precision and recall need 4 or more"):
+        evaluate_samples([samples[:3]], reference, ("recall",), Pixels())
+    with pytest.raises(BadInput, match="few: 3 images, precision and recall need 4"):
+        evaluate_samples([samples[:9]], ReferenceStatistics("few", images=[real[:3]]), ("precision",), Pixels())
     require_count(100, ("is", "precision"))
     assert 0 <= evaluate_samples([samples[:100]], reference, ("precision",), Pixels())["precision"] <= 1
 
@@ -153,6 +157,30 @@ def test_reference_without_what_a_metric_needs(samples):
         evaluate_samples([samples], reference, ("fid", "sfid", "recall"), Pixels())
     with pytest.raises(BadInput, match="--metrics: kid; choose among fid,sfid,is,precision,recall"):
         evaluate_samples([samples], reference, ("fid", "kid"), Pixels())
+
+
+@pytest.mark.parametrize("metrics, count", [(("fid", "sfid"), 2048), (("precision", "recall"), 200)])
+def test_only_is_moves_with_the_order_of_the_images(samples, real, metrics, count):
+    """And the hashes that name the images stay, whatever order, batch or file they came in."""
+    order = torch.from_numpy(np.random.default_rng(5).permutation(count))
+    one = evaluate_samples([samples[:count]], ReferenceStatistics("real", images=[real[:count]]), metrics, Pixels())
+    shuffled = ReferenceStatistics("real", images=[real[:count][order]])
+    other = evaluate_samples(samples[:count].flip(0).split(100), shuffled, metrics, Pixels())
+    assert [one[m] for m in metrics] == pytest.approx([other[m] for m in metrics], rel=1e-9) and one["protocol"] == other["protocol"]
+
+
+def test_one_pixel_changes_the_hash_of_the_images(samples, real):
+    changed = samples[:20].clone()
+    changed[0, 0, 0, 0] ^= 1
+    found = [evaluate_samples([images], ReferenceStatistics("real", images=[real[:20]]), ("recall",), Pixels())["protocol"] for images in
+             (samples[:20], changed)]  # fmt: skip
+    assert found[0]["samples_sha256"] != found[1]["samples_sha256"] and found[0]["reference_sha256"] == found[1]["reference_sha256"]
+
+
+def test_a_reference_of_another_size_is_said(samples):
+    larger = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (50, 3, 8, 8), dtype=np.uint8))
+    found = evaluate_samples([samples[:50]], ReferenceStatistics("large.npz", images=[larger]), ("precision",), Pixels())
+    assert found["protocol"]["warnings"] == ["large.npz: images of 8 x 8 pixels, the samples have 4 x 4"]
 
 
 def test_reference_of_other_features(samples):

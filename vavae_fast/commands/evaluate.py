@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.scored_images import FolderImages, is_npz, made_by, npz_size, open_scored
-from vavae_fast.config import LightningDiTConfig, given_path, load_config
+from vavae_fast.commands.scored_images import FolderImages, in_one_line, is_npz, made_by, npz_size, open_scored
+from vavae_fast.config import LightningDiTConfig, given_path, load_config, world_size
 from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast evaluate --samples samples/samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception.pth --json fid.json"
@@ -56,6 +56,7 @@ class EvaluatePlan:
     inception: Any  # None where only fd is asked for
     embedding: Any  # None without fd
     bootstrap: int
+    batch: int
     json: Path | None
     made_by: dict[str, Any]  # what the samples' manifest says
 
@@ -121,7 +122,13 @@ def _plan_samples(args, metrics: list[str]) -> EvaluatePlan:
     for name in _RECONSTRUCTION_FLAGS:
         if getattr(args, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')}: only with --reconstruction")
-    from vavae_fast.evaluation import ReferenceStatistics, load_reference, require_count, require_metrics
+    if args.overrides:
+        raise BadInput(f"{args.overrides[0]}: only with --reconstruction, whose config it overrides")
+    for name, value in (("--features", args.features), ("--features-weights", args.features_weights)):
+        if value is not None and "fd" not in metrics:
+            raise BadInput(f"{name}: only for fd; add it to --metrics, or leave {name} out")
+    require(world_size() == 1, "--samples", f"{world_size()} processes", "scored by one; start evaluate without torchrun")
+    from vavae_fast.evaluation import ReferenceStatistics, load_reference, of_images, require_count, require_metrics
 
     size = args.image_size or npz_size(args.samples) or npz_size(args.reference) or 256
     samples = open_scored(args.samples, size, args.batch, args.tokenizer)
@@ -132,8 +139,10 @@ def _plan_samples(args, metrics: list[str]) -> EvaluatePlan:
     embedding = _embedding(args) if "fd" in metrics else None
     require_metrics(metrics, reference, embedding is not None)
     require_count(len(samples), metrics)
+    if needed := of_images(metrics, reference):
+        require_count(len(reference.images), needed, reference.name)
     inception = _inception(args.inception) if set(metrics) - {"fd"} else None
-    return EvaluatePlan(metrics, samples, reference, inception, embedding, args.bootstrap, args.json, made_by(args.samples))
+    return EvaluatePlan(metrics, samples, reference, inception, embedding, args.bootstrap, args.batch, args.json, made_by(args.samples, samples))
 
 
 def _embedding(args) -> Any:
@@ -163,7 +172,8 @@ def _plan_reconstruction(args, metrics: list[str]) -> ReconstructionPlan:
     for flag, value, what in (("--vgg", args.vgg, "VGG16 weights (vgg16-397923af.pth)"), ("--lpips", args.lpips, "linear weights (vgg.pth)")):
         if "lpips" in metrics and not value:
             raise BadInput(f"{flag}: missing; LPIPS needs its {what}; give the file, or leave lpips out of --metrics")
-    for flag, value in (("--samples", args.samples), ("--reference", args.reference), ("--bootstrap", args.bootstrap)):
+    unused = ("samples", "reference", "bootstrap", "tokenizer", "features", "features_weights")
+    for flag, value in ((f"--{name.replace('_', '-')}", getattr(args, name)) for name in unused):
         if value:
             raise BadInput(f"{flag}: only without --reconstruction")
     seed, number = args.seed or 0, 8 if args.picture_num is None else args.picture_num
@@ -211,7 +221,9 @@ def run(plan: "EvaluatePlan | ReconstructionPlan | ComparePlan") -> dict[str, An
     if isinstance(plan, EvaluatePlan):
         from vavae_fast.evaluation import evaluate_samples
 
-        result = evaluate_samples(plan.samples, plan.reference, plan.metrics, plan.inception, plan.bootstrap, embedding=plan.embedding)
+        with in_one_line(repr(plan.samples)):
+            result = evaluate_samples(plan.samples, plan.reference, plan.metrics, plan.inception, plan.bootstrap, embedding=plan.embedding)
+        result["protocol"]["batch"] = plan.batch
         result |= {"made_by": plan.made_by} if plan.made_by else {}
     else:
         result = _reconstruct(plan)
@@ -237,7 +249,8 @@ def _reconstruct(plan: ReconstructionPlan) -> dict[str, Any] | None:
         bf16 = build.bf16(plan.precision, world.device)
         reconstructor = Reconstructor(networks[0], plan.images, PROTOCOLS[plan.protocol], plan.seed, bf16, world)
         held = None if plan.json is None else TallyFile(plan.json.with_name(f"{plan.json.name}.part{world.rank}"), _tally_identity(plan, world.size))
-        scores = reconstruction_scores(reconstructor, Judges(*networks[1:]), plan.metrics, plan.batch, held)
+        with in_one_line(plan.facts["images"]):
+            scores = reconstruction_scores(reconstructor, Judges(*networks[1:]), plan.metrics, plan.batch, held)
         if held is not None:
             held.remove()
         if scores is None:

@@ -22,6 +22,7 @@ from vavae_fast.data.images import ImageBatch, Images
 from vavae_fast.distributed import World
 from vavae_fast.evaluation import FeatureStatistics, frechet_distance, psnr, ssim
 from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.models.inference import matmul_precision
 from vavae_fast.pixels import to_uint8, to_unit
 from vavae_fast.training.heldout import spread_rows
 from vavae_fast.training.log import readable_time
@@ -85,6 +86,7 @@ class Reconstructor:
             yield self._scored(batch)
 
     @torch.inference_mode()
+    @matmul_precision("fp32")
     def _scored(self, batch: ImageBatch) -> Scored:
         device = self.world.device
         pixels, index = batch.pixels.to(device), batch.index.to(device)
@@ -185,6 +187,7 @@ def _gathered_means(tally: Tally, metrics: list[str], per_image: list[str], coun
 
 
 @torch.inference_mode()
+@matmul_precision("fp32")
 def _values(scored: Scored, protocol: Protocol, judges: Judges, names: list[str]) -> dict[str, Tensor]:
     """One value an image, (n,) each."""
     values = {}

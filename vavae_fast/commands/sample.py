@@ -213,23 +213,28 @@ def _jsonable(value: Any) -> Any:
 
 
 def run(plan: SamplePlan) -> Path:
-    """Draw what is missing, batch by batch; the last process to finish puts the parts together."""
+    """`draw`, by all processes of the launcher."""
     from vavae_fast.distributed import open_world
 
     with open_world() as world:
-        if (plan.out / "manifest.json").is_file():
-            if world.main:
-                _finish(plan)
-            return plan.out
-        if world.main:
-            (plan.out / "parts").mkdir(parents=True, exist_ok=True)
-            artifacts.write_json(plan.out / "parts" / "manifest.json", dict(facts=plan.facts, **_begun_with(plan)))
-        world.barrier()
-        _draw(plan, world)
-        world.barrier()
-        if world.main:
-            _assemble(plan, world)
+        draw(plan, world)
     return plan.out
+
+
+def draw(plan: SamplePlan, world) -> None:
+    """Draw what is missing, batch by batch, each process its share; the main one puts the parts together. All must call."""
+    if (plan.out / "manifest.json").is_file():
+        if world.main:
+            _finish(plan)
+        return
+    if world.main:
+        (plan.out / "parts").mkdir(parents=True, exist_ok=True)
+        artifacts.write_json(plan.out / "parts" / "manifest.json", dict(facts=plan.facts, **_begun_with(plan)))
+    world.barrier()
+    _draw_share(plan, world)
+    world.barrier()
+    if world.main:
+        _assemble(plan, world)
 
 
 def _finish(plan: SamplePlan) -> None:
@@ -246,7 +251,7 @@ def _part(plan: SamplePlan, first: int) -> Path:
     return plan.out / "parts" / f"{first:08d}.npy"
 
 
-def _draw(plan: SamplePlan, world) -> None:
+def _draw_share(plan: SamplePlan, world) -> None:
     """This process's batches: every world-th one that is not on disk yet. One is written while the next is drawn."""
     import torch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands import _html, sample
+from vavae_fast.commands.scored_images import in_one_line, made_by
 from vavae_fast.config import LightningDiTConfig, load_config
 from vavae_fast.errors import BadInput, require
 
@@ -62,7 +63,7 @@ class SweepPlan:
     flags: Namespace
     metrics: list[str]
     reference: Any
-    inception: Any
+    inception: Any  # on the CPU
     out: Path
     batch: int
 
@@ -82,27 +83,28 @@ def plan(config: None, args) -> SweepPlan:
                       png=False, fused=args.fused, config=args.config)  # fmt: skip
     settings = [_setting(args, combination) for combination in _grid(args.overrides)]
 
-    from vavae_fast.evaluation import load_inception, load_reference, require_count, require_metrics
+    from vavae_fast.evaluation import load_inception, load_reference, of_images, require_count, require_metrics
 
     reference = load_reference(args.reference, args.batch)
     require_metrics(metrics, reference)
     require_count(args.num, metrics, "--num")
+    if needed := of_images(metrics, reference):
+        require_count(len(reference.images), needed, reference.name)
     for setting in settings:
         sample.sampler_settings(setting.config.sample)
     _planned(flags, settings[0])
-    import torch
-
-    inception = load_inception(args.inception, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return SweepPlan(settings, flags, metrics, reference, inception, args.out, args.batch)
+    return SweepPlan(settings, flags, metrics, reference, load_inception(args.inception), args.out, args.batch)
 
 
 def _grid(overrides: list[str]) -> list[dict[str, str]]:
     """{key: value} of each combination of the sample. keys' values, in the order given; other overrides are the same in all."""
-    choices = []
+    choices, given = [], set()
     for word in overrides:
         key, _, value = word.partition("=")
+        require(key not in given, key, word, "given once, its values separated by commas")
+        given.add(key)
         several = key.startswith("sample.") and not value.startswith("[")
-        choices.append([(key, one.strip()) for one in value.split(",")] if several else [(key, value)])
+        choices.append([(key, one) for one in dict.fromkeys(map(str.strip, value.split(",")))] if several else [(key, value)])
     return [dict(combination) for combination in itertools.product(*choices)]
 
 
@@ -121,20 +123,26 @@ def _planned(flags: Namespace, setting: Setting) -> sample.SamplePlan:
 
 
 def run(plan: SweepPlan) -> Path:
-    """Draw and score what is missing, then write the table."""
-    scores = []
-    for number, setting in enumerate(plan.settings, 1):
-        print(f"sweep  {number}/{len(plan.settings)}  {setting.name}", flush=True)
-        scores.append(_score(plan, setting))
-    _write(plan, scores)
+    """Draw and score what is missing, then write the table. All processes of the launcher draw, the main one scores."""
+    from vavae_fast.distributed import open_world
+
+    with open_world() as world:
+        scores = []
+        for number, setting in enumerate(plan.settings, 1):
+            if world.main:
+                print(f"sweep  {number}/{len(plan.settings)}  {setting.name}", flush=True)
+            sample.draw(_planned(plan.flags, setting), world)
+            if world.main:
+                scores.append(_score(plan, setting, world.device))
+        if world.main:
+            _write(plan, scores)
     return plan.out
 
 
-def _score(plan: SweepPlan, setting: Setting) -> dict[str, float]:
+def _score(plan: SweepPlan, setting: Setting, device: Any) -> dict[str, float]:
     """{metric: value}; kept in metrics.json beside the samples, and read from there when it is of these samples and this reference."""
     from vavae_fast.evaluation import NpzImages, evaluate_samples
 
-    sample.run(_planned(plan.flags, setting))
     drawn = artifacts.read_json(setting.out / "manifest.json")["sha256"]
     judged = dict(samples_sha256=drawn, reference=plan.reference.name, reference_sha256=plan.reference.sha256,
                   inception_sha256=getattr(plan.inception, "sha256", None))  # fmt: skip
@@ -142,8 +150,9 @@ def _score(plan: SweepPlan, setting: Setting) -> dict[str, float]:
     held = artifacts.read_json(path) if path.is_file() else {}
     if held.get("judged") != judged or not set(plan.metrics) <= held.keys():
         images = NpzImages(setting.out / "samples.npz", plan.batch)
-        result = evaluate_samples(images, plan.reference, plan.metrics, plan.inception)
-        held = artifacts.manifest("metrics", judged=judged, **result)
+        with in_one_line(str(images.path)):
+            result = evaluate_samples(images, plan.reference, plan.metrics, plan.inception.to(device))
+        held = artifacts.manifest("metrics", judged=judged, made_by=made_by(str(images.path), images), **result)
         artifacts.write_json(path, held)
     return {name: held[name] for name in plan.metrics}
 

@@ -4,7 +4,7 @@ Imported here at once, not when first asked for: three functions share the name 
 Nothing heavy comes along; SciPy and scikit-learn are imported by `uniformity` when it runs.
 """
 
-from vavae_fast.evaluation.evaluate import METRICS, evaluate_samples, require_count, require_metrics
+from vavae_fast.evaluation.evaluate import METRICS, evaluate_samples, of_images, require_count, require_metrics
 from vavae_fast.evaluation.features import FeatureStatistics, feature_statistics
 from vavae_fast.evaluation.frechet import frechet_distance
 from vavae_fast.evaluation.inception import Inception, load_inception
@@ -33,6 +33,7 @@ __all__ = [
     "load_reference",
     "nearest_distances",
     "neighbour_distance_cv",
+    "of_images",
     "pixel_frechet",
     "precision_recall",
     "psnr",

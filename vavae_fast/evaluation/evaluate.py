@@ -45,11 +45,12 @@ def evaluate_samples(
 
     `inception` is what `load_inception` gives; None where only fd is asked for, of the features that `embedding` makes. `bootstrap`
     resamples of the samples (of FID about 10 s each at 50,000) add <metric>_standard_error; an interval of 95 % is the value
-    plus or minus 1.96 of them. `BadInput`: unknown metrics, too few images for FID, a reference without what a metric needs.
-    `ValueError`: batches of another dtype, shape or size, images all of one colour.
+    plus or minus 1.96 of them. `BadInput`: unknown metrics, too few images for one, a reference without what a metric needs.
+    `ValueError`: batches of another dtype, shape or size, images all of one colour, features that are not finite, a reference
+    of other features. No value moves with the order of the images but IS, which is defined by it.
     """
     require_metrics(metrics, reference, embedding is not None)
-    sample = _Measured("samples", metrics, keep_rows=bootstrap > 0).add(samples, inception, embedding)
+    sample = _Measured("samples", metrics, reference, keep_rows=bootstrap > 0).add(samples, inception, embedding)
     require_count(sample.count, metrics)
     others = _reference_features(reference, metrics, inception, embedding)
     values: dict[str, Any] = {}
@@ -69,7 +70,7 @@ def evaluate_samples(
                 values[name] = found[name]
                 if bootstrap:  # of the points judged, the other set's manifold held: a share's resampling has this spread
                     values[f"{name}_standard_error"] = (found[name] * (1 - found[name]) / judged) ** 0.5
-    return {**values, "protocol": _protocol(sample, reference, inception, embedding, bootstrap)}
+    return {**values, "protocol": _protocol(sample, others.measured, reference, inception, embedding, bootstrap)}
 
 
 def require_metrics(metrics: Sequence[str], reference: ReferenceStatistics, embedded: bool = False) -> None:
@@ -88,9 +89,17 @@ def require_metrics(metrics: Sequence[str], reference: ReferenceStatistics, embe
 
 
 def require_count(count: int, metrics: Sequence[str], what: str = "samples") -> None:
-    """`BadInput` when FID or sFID is asked of fewer than 2,048 images."""
-    if count < FEWEST_FOR_FID and {"fid", "sfid"} & set(metrics):
-        raise BadInput(f"{what}: {count} images, FID and sFID need {FEWEST_FOR_FID} or more; add images, or leave them out of --metrics")
+    """`BadInput` when FID or sFID is asked of fewer than 2,048 images, precision or recall of no more than a point has neighbours."""
+    for names, fewest in ((("fid", "sfid"), FEWEST_FOR_FID), (("precision", "recall"), NEIGHBOURS + 1)):
+        if count < fewest and set(names) & set(metrics):
+            called = "FID and sFID" if "fid" in names else "precision and recall"
+            raise BadInput(f"{what}: {count} images, {called} need {fewest} or more; add images, or leave them out of --metrics")
+
+
+def of_images(metrics: Sequence[str], reference: ReferenceStatistics) -> list[str]:
+    """Those of `metrics` for which the reference's images are looked at; of the others it has stored moments, or they need none."""
+    stored = {"fid": reference.mu, "sfid": reference.mu_s}
+    return [name for name in metrics if name != "is" and stored.get(name) is None]
 
 
 def fid_name(count: int) -> str:
@@ -122,6 +131,7 @@ class _Measured:
 
     name: str
     metrics: Sequence[str]
+    reference: ReferenceStatistics  # whose stored moments, where there are any, are of the same features
     keep_rows: bool = False
     moments: dict[str, FeatureStatistics] = field(default_factory=lambda: defaultdict(FeatureStatistics))
     kept: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -129,7 +139,7 @@ class _Measured:
     size: tuple[int, int] | None = None
     one_colour: int = 0
     count: int = 0
-    digests: set[bytes] = field(default_factory=set)
+    digests: list[bytes] = field(default_factory=list)
 
     def add(self, batches: Iterable[Array], inception: Extractor | None, embedding: Embedding | None) -> "_Measured":
         manifolds = bool({"precision", "recall"} & set(self.metrics))
@@ -142,6 +152,7 @@ class _Measured:
                     self.logits.append(features.logits)
             for name, rows in found.items():
                 if name in self.metrics:
+                    self._require_stored_width(name, rows.shape[1])
                     self.moments[name].update(rows)
                 if (self.keep_rows and name in self.metrics) or (manifolds and name == "fid"):
                     self.kept[name].append(rows)
@@ -152,6 +163,16 @@ class _Measured:
 
     def rows(self, name: str) -> Tensor:
         return torch.cat(self.kept[name])
+
+    def pixels_sha256(self) -> str:
+        """Of all images, whatever their order and the file they came in."""
+        return hashlib.sha256(b"".join(sorted(self.digests))).hexdigest()
+
+    def _require_stored_width(self, name: str, width: int) -> None:
+        mu = {"fid": self.reference.mu, "sfid": self.reference.mu_s}.get(name)
+        if mu is not None and len(mu) != width:
+            raise ValueError(f"{self.name}: features of {width} dimensions for {name}, {self.reference.name} holds moments of {len(mu)}; "
+                             "give statistics of the same network")  # fmt: skip
 
     def _checked(self, batches: Iterable[Array]) -> Iterator[Tensor]:
         for batch in batches:
@@ -165,23 +186,24 @@ class _Measured:
             self.count += len(images)
             flat = images.flatten(2)
             self.one_colour += int((flat.amax(dim=2) == flat.amin(dim=2)).all(dim=1).sum())
-            self.digests.update(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in images.cpu().numpy())
+            self.digests.extend(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in images.cpu().numpy())
             yield images
 
     def warnings(self) -> list[str]:
         lines = []
         if self.one_colour:
             lines.append(f"{self.name}: {self.one_colour} of {self.count} images are of one colour")
-        if len(self.digests) < self.count:
-            lines.append(f"{self.name}: {self.count - len(self.digests)} of {self.count} images are copies of others")
+        if copies := self.count - len(set(self.digests)):
+            lines.append(f"{self.name}: {copies} of {self.count} images are copies of others")
         return lines
 
 
 class _Others(NamedTuple):
-    """Of the reference: (mu, sigma) by metric, and pool rows for precision and recall."""
+    """Of the reference: (mu, sigma) by metric, pool rows for precision and recall, and the pass over its images, if one was needed."""
 
     moments: dict[str, tuple[Array, Array]]
     pool: Tensor | None
+    measured: "_Measured | None"
 
 
 def _reference_features(
@@ -190,31 +212,41 @@ def _reference_features(
     """Stored moments where there are any, else computed from the images."""
     stored = {"fid": (reference.mu, reference.sigma), "sfid": (reference.mu_s, reference.sigma_s)}
     moments = {name: pair for name, pair in stored.items() if pair[0] is not None}
-    computed = [name for name in ("fid", "sfid", FRECHET_ELSEWHERE) if name in metrics and name not in moments]
-    manifolds = [name for name in ("precision", "recall") if name in metrics]
-    if not computed and not manifolds:
-        return _Others(moments, None)
-    measured = _Measured(reference.name, computed + manifolds).add(reference.images, inception, embedding)
-    require_count(measured.count, computed, reference.name)
-    return _Others(moments | {name: measured.moments[name].result() for name in computed}, measured.rows("fid") if manifolds else None)
+    needed = of_images(metrics, reference)
+    if not needed:
+        return _Others(moments, None, None)
+    measured = _Measured(reference.name, needed, reference).add(reference.images, inception, embedding)
+    require_count(measured.count, needed, reference.name)
+    manifolds = {"precision", "recall"} & set(needed)
+    computed = {name: measured.moments[name].result() for name in needed if name not in manifolds}
+    return _Others(moments | computed, measured.rows("fid") if manifolds else None, measured)
 
 
 def _protocol(
-    sample: _Measured, reference: ReferenceStatistics, inception: Extractor | None, embedding: Embedding | None, bootstrap: int
+    sample: _Measured,
+    real: _Measured | None,
+    reference: ReferenceStatistics,
+    inception: Extractor | None,
+    embedding: Embedding | None,
+    bootstrap: int,
 ) -> dict[str, Any]:
     warnings = sample.warnings()
+    if real is not None and real.size != sample.size:
+        sizes = [" x ".join(map(str, measured.size)) for measured in (real, sample)]
+        warnings.append(f"{reference.name}: images of {sizes[0]} pixels, the samples have {sizes[1]}")
     if inception is not None and not getattr(inception, "recognised", False):
         warnings.append("Inception weights are not the known ones; values compare only with others of the same weights")
     return {
         "name": "adm",
         "fid_name": fid_name(sample.count),
         "samples": sample.count,
+        "samples_sha256": sample.pixels_sha256(),
         "image_size": list(sample.size),
         "inception_sha256": getattr(inception, "sha256", None),
         "fd_features": None if embedding is None else getattr(embedding, "name", type(embedding).__name__),
         "fd_sha256": getattr(embedding, "sha256", None),
         "reference": reference.name,
-        "reference_sha256": reference.sha256,
+        "reference_sha256": reference.sha256 or (real and real.pixels_sha256()),
         "precision_recall_k": NEIGHBOURS,
         "inception_score_split": SPLIT,
         "bootstrap": bootstrap,

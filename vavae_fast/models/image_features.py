@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vavae_fast import artifacts
 from vavae_fast.models.foundation import create_foundation_model
+from vavae_fast.models.inference import matmul_precision
 from vavae_fast.pixels import to_unit
 
 _PIXELS = 256  # images come at this size to the encoder, whose patch then covers 16 of them
@@ -21,8 +22,8 @@ class ImageFeatures(nn.Module):
     """uint8 images (n, 3, H, W) -> (n, D) float32: the class token after the last norm, or the mean over patches where there is none.
 
     `name` is a name of FOUNDATION_MODELS or `timm:<model name>`; weights: its file, or "hub". Images are resized (bicubic,
-    antialiased) to 16 x 16 patches, 224 pixels for a patch of 14, and normalised as the model was trained. `sha256` of the file, None
-    for the hub's.
+    antialiased) to 16 x 16 patches, 224 pixels for a patch of 14, and normalised as the model was trained; all in float32. `sha256` of
+    the file, None for the hub's.
     """
 
     def __init__(self, name: str, weights: str | Path, random: bool = False):
@@ -32,6 +33,7 @@ class ImageFeatures(nn.Module):
         self.encoder = create_foundation_model(name, None if random else weights, random=random, input_range="trained").model
 
     @torch.inference_mode()
+    @matmul_precision("fp32")
     def forward(self, images: Tensor) -> Tensor:
         encoder = self.encoder
         side = _PIXELS // encoder.pixels_per_patch * encoder.patch
