@@ -15,7 +15,7 @@ FILES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 BASE = {"config", "parsing", "schema", "tokenizer_schema", "errors", "rng", "artifacts", "distributed", "pixels", ""}
-# Room -> the rooms that it may import. commands, pipeline, cli and __main__ are the top: they may import everything.
+# Room -> the rooms that it may import. commands, experiments, pipeline, cli and __main__ are the top: they may import everything.
 ALLOWED = {
     "base": {"base"},
     "data": {"base", "data", "kernels"},  # kernels: to compile csrc
@@ -26,7 +26,7 @@ ALLOWED = {
     "training": {"base", "data", "models", "losses", "flow", "training", "kernels"},
     "kernels": {"kernels"},
 }
-TOP = {"commands", "pipeline", "cli", "__main__"}
+TOP = {"commands", "experiments", "pipeline", "cli", "__main__"}
 
 
 def room(module: str) -> str:

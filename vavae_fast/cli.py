@@ -24,6 +24,7 @@ COMMANDS = {
     "analyze": "latents -> uniformity (the paper's Table 6), pictures of their distribution",
     "gallery": "pictures of a LightningDiT: classes, trajectories, interpolation, nearest training latents",
     "sweep": "sampler settings in every combination -> scores, the best",
+    "reproduce": "the paper's experiments at the scale of digits, CIFAR-10 or ImageNet",
     "export": "a run's checkpoint -> one .safetensors or .pt file, or a pipeline's folder",
     "report": "a run folder -> one HTML page",
     "compare": "several runs -> their curves on one HTML page",

@@ -5,12 +5,8 @@ untrained encoder as control. Every stage is the command of that name; only the 
 """
 
 import os
-import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.demo_stages import (
@@ -25,6 +21,7 @@ from vavae_fast.commands.demo_stages import (
 )
 from vavae_fast.config import LightningDiTConfig, TokenizerConfig, load_config
 from vavae_fast.errors import BadInput, require
+from vavae_fast.experiments.pool import Done, Task, run_tasks
 
 EXAMPLE = "vavae-fast demo --out runs/demo"
 
@@ -61,8 +58,12 @@ def run(plan: DemoPlan) -> Path:
     plan.out.mkdir(parents=True, exist_ok=True)
     timeline = Timeline()  # of a demo that continues: of what was still to do
     print(f"demo  {plan.out}: {len(ARMS)} arms, {plan.processes} process(es)", flush=True)
-    with ProcessPoolExecutor(plan.processes, mp_context=get_context("spawn"), initializer=_one_thread, initargs=(plan.processes,)) as pool:
-        _run_graph(pool, _tasks(plan), timeline)
+
+    def finished(done: Done) -> None:
+        timeline.add(dict(stage=done.name, seconds=done.seconds, memory_gb=done.memory_gb))
+        print(f"demo  {done.name} done in {done.seconds:.0f} s", flush=True)
+
+    run_tasks(_tasks(plan), plan.processes, finished)
     from vavae_fast.commands.demo_judge import judge, table, verdict
     from vavae_fast.commands.demo_page import write_overview, write_page
 
@@ -82,59 +83,10 @@ def _text_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
 
 
-# -- what runs when --------------------------------------------------------------------------------------------------
-
-Task = tuple[str, tuple[str, ...], Any, tuple]  # name, names it waits for, function, its arguments
-
-
 def _tasks(plan: DemoPlan) -> list[Task]:
     """Stand-ins, then tokenizer and LightningDiT of each arm; in the order in which they are to start."""
-    tasks: list[Task] = [
-        ("perceptual", (), make_perceptual, (plan,)),
-        ("encoders", (), make_encoders, (plan,)),
-    ]
+    tasks = [Task("perceptual", (), make_perceptual, (plan,)), Task("encoders", (), make_encoders, (plan,))]
     for arm in ARMS:
         needs = ("perceptual",) if arm == "no-vf" else ("perceptual", "encoders")
-        tasks.append((f"{arm}/tokenizer", needs, train_arm_tokenizer, (plan, arm)))
-    return tasks + [(f"{arm}/lightningdit", (f"{arm}/tokenizer",), train_arm_dit, (plan, arm)) for arm in ARMS]
-
-
-def _run_graph(pool: ProcessPoolExecutor, tasks: list[Task], timeline: Timeline) -> None:
-    """Start each task when what it waits for is done and a process is free; the first failure, or a signal, ends all."""
-    waiting, running, done = list(tasks), {}, set()
-    while waiting or running:
-        for task in [t for t in waiting if set(t[1]) <= done]:
-            waiting.remove(task)
-            future: Future = pool.submit(_timed, task[0], task[2], task[3])
-            running[future] = task[0]
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            name = running.pop(future)
-            try:
-                timeline.add(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            done.add(name)
-
-
-def _one_thread(processes: int) -> None:
-    """Several processes with a thread each use small models' cores better than one process with several threads."""
-    import torch
-
-    from vavae_fast.distributed import die_with_parent
-
-    die_with_parent()
-    if processes > 1:
-        torch.set_num_threads(1)
-        sys.stdout.isatty = lambda: False  # several progress lines cannot share one line of a terminal
-
-
-def _timed(name: str, function: Any, arguments: tuple) -> dict[str, Any]:
-    import resource
-
-    started = time.perf_counter()
-    function(*arguments)
-    seconds = time.perf_counter() - started
-    print(f"demo  {name} done in {seconds:.0f} s", flush=True)
-    return dict(stage=name, seconds=seconds, memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        tasks.append(Task(f"{arm}/tokenizer", needs, train_arm_tokenizer, (plan, arm)))
+    return tasks + [Task(f"{arm}/lightningdit", (f"{arm}/tokenizer",), train_arm_dit, (plan, arm)) for arm in ARMS]

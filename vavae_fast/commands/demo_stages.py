@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast.commands.invoke import run_command
+from vavae_fast.experiments.standins import best_device, progress
 
 ARMS = {"no-vf": "without VF alignment", "vf": "aligned with a self-supervised stand-in", "random": "aligned with an untrained encoder (control)"}
 SHOWN = "vf"  # whose samples are samples.npz
@@ -56,7 +57,7 @@ def make_perceptual(plan: DemoPlan) -> None:
     from vavae_fast.training.standins import train_perceptual
 
     pixels, labels = _training_digits()
-    network = train_perceptual(pixels, labels, plan.seed, plan.standin_steps[1], device=_device(), progress=_progress("perceptual stand-in"))
+    network = train_perceptual(pixels, labels, plan.seed, plan.standin_steps[1], device=best_device(), progress=progress("perceptual stand-in"))
     save_standin(network, plan.out / "perceptual.safetensors")
 
 
@@ -68,15 +69,9 @@ def make_encoders(plan: DemoPlan) -> None:
     from vavae_fast.training.standins import random_encoder, train_encoder
 
     pixels, _ = _training_digits()
-    trained = train_encoder(pixels, plan.seed, plan.standin_steps[0], device=_device(), progress=_progress("encoder stand-in"))
+    trained = train_encoder(pixels, plan.seed, plan.standin_steps[0], device=best_device(), progress=progress("encoder stand-in"))
     save_standin(trained, plan.out / "encoder-vf.safetensors")
     save_standin(random_encoder(pixels, plan.seed), plan.out / "encoder-random.safetensors")
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _training_digits():
@@ -84,19 +79,6 @@ def _training_digits():
 
     images = open_images(TRAIN, size=SIZE)
     return images.read(range(len(images))), images.labels
-
-
-def _progress(name: str):
-    """A line every ten seconds."""
-    said = time.perf_counter()
-
-    def say(step: int, steps: int, loss: float) -> None:
-        nonlocal said
-        if time.perf_counter() - said > 10:
-            said = time.perf_counter()
-            print(f"{name}  step {step}/{steps}  loss {loss:.3f}", flush=True)
-
-    return say
 
 
 def train_arm_tokenizer(plan: DemoPlan, arm: str) -> None:

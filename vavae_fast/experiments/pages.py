@@ -1,0 +1,142 @@
+"""What is left of an experiment: results.json and report.html, ours beside the paper's; and one overview of all."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vavae_fast import artifacts
+from vavae_fast.commands import _html
+from vavae_fast.experiments.experiment import Claim, Results, Verdict
+from vavae_fast.experiments.scale import Scale
+from vavae_fast.experiments.stages import LightningDiT
+from vavae_fast.experiments.work import Lab, Work, in_order
+
+_QUICK = "This was a quick run of a few steps, to see that everything works: its numbers mean nothing."
+_APART = "The two halves of this table were measured on different images by different judges: compare directions within a half, never across."
+
+
+def write(results: Results) -> Path:
+    """<out>/<experiment>/results.json and report.html."""
+    folder = results.lab.out / results.experiment.name
+    artifacts.write_json(folder / "results.json", as_json(results))
+    sections = [
+        ("What is looked at", _html.paragraph(results.experiment.look_at)),
+        ("Scores", score_table(results)),
+        ("The paper's claims, and what is seen here", verdict_table([results])),
+        *results.experiment.sections(results),
+        *_samples(results),
+        ("Arms", _arms(results)),
+    ]
+    title = f"{results.experiment.title} ({results.scale.name} scale)"
+    artifacts.write_text(folder / "report.html", _html.page(title, sections))
+    return folder / "report.html"
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """By arm and seed scores, and the work behind them with seconds and versions; verdicts."""
+    arms = {}
+    for name, over_seeds in results.arms.items():
+        arms[name] = [dict(scores=scores, work=[_told(results, work) for work in in_order(list(works))])
+                      for works, scores in zip(over_seeds, results.scores(name))]  # fmt: skip
+    verdicts = [dict(claim=v.claim.says, better=v.claim.better, worse=v.claim.worse, score=v.claim.score.key, differences=v.differences, seen=v.seen)
+                for v in map(results.verdict, results.experiment.claims(results.scale))]  # fmt: skip
+    facts = dict(experiment=results.experiment.name, scale=results.scale.name, quick=results.scale.quick, protocol=results.scale.says)
+    return artifacts.manifest("experiment", **facts, arms=arms, verdicts=verdicts, findings=results.experiment.findings(results))
+
+
+def _told(results: Results, work: Work) -> dict[str, Any]:
+    done = results.lab.result(work)
+    if done is None:
+        return dict(key=work.key, error=results.failed.get(work.key, "what it needs failed"))
+    return dict(key=work.key, seconds=done["seconds"], cpu_seconds=done["cpu_seconds"], versions=done["versions"], time=done["time"])
+
+
+def score_table(results: Results) -> str:
+    """An arm a row: our columns, then the paper's, in columns of their own."""
+    scale, scores = results.scale, results.experiment.scores(results.scale)
+    paper = results.experiment.paper(scale)
+    theirs = [f"paper: {column}" for column in paper.columns] if paper else []
+    rows: list[tuple[Any, ...]] = [("arm", *(f"here: {score.title}" for score in scores), *theirs)]
+    for arm in results.arms:
+        beside = (paper.rows.get(arm) or (None,) * len(theirs)) if paper else ()
+        rows.append((arm, *(results.cell(arm, score) for score in scores), *beside))
+    seeds = max(map(len, results.arms.values()), default=0)
+    notes = [f"Here: mean ± standard deviation over {seeds} seeds. " if seeds > 1 else "Here: one seed. ", scale.says]
+    notes += [f" The paper: {paper.where}. {paper.note}"] if paper else []
+    warning = ([_QUICK] if scale.quick else []) + ([_APART] if paper else [])
+    return "".join(map(_html.paragraph, warning)) + _html.table(rows) + _html.paragraph("".join(notes)) + _findings(results)
+
+
+def _findings(results: Results) -> str:
+    return "".join(map(_html.paragraph, results.experiment.findings(results)))
+
+
+def verdict_table(several: Sequence[Results]) -> str:
+    """A claim a row, with the differences of each seed."""
+    rows = [("claim of the paper", "seen here", "by", "difference, seed by seed", "compared")]
+    for results in several:
+        for verdict in map(results.verdict, results.experiment.claims(results.scale)):
+            rows.append(_verdict_row(verdict))
+    note = "A difference above 0 agrees with the claim. Seen: every seed agrees and the mean exceeds the standard deviation over seeds."
+    return _html.table(rows) + _html.paragraph(note) if len(rows) > 1 else _html.paragraph("The paper makes no claim of this kind.")
+
+
+def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
+    claim, score = verdict.claim, verdict.claim.score
+    differences = ", ".join(f"{score.factor * d:+.{score.digits}f}" for d in verdict.differences) or "–"
+    return claim.says, verdict.seen, score.title, differences, f"{claim.better} over {claim.worse}"
+
+
+def _samples(results: Results) -> list[tuple[str, str]]:
+    """The first images of each arm's last samples, first seed."""
+    import numpy as np
+
+    size = results.scale.images.size
+    count, enlarged = (20, 4) if size <= 32 else (4, 1)
+    figures = ""
+    for name, over_seeds in results.arms.items():
+        work = over_seeds[0][0]
+        if isinstance(work, LightningDiT) and results.lab.result(work) is not None:
+            with np.load(work.samples_folder(results.lab, work.marks[-1]) / "samples.npz", allow_pickle=False) as file:
+                figures += _html.figure(_html.png_grid(file["arr_0"][:count], count, max(1, enlarged * 8 // size), name), name)
+    return [("Samples without guidance, first seed", figures)] if figures else []
+
+
+def _arms(results: Results) -> str:
+    rows = [("arm", "seed", "kept in arms/", "seconds", "CPU seconds", "of what it needs")]
+    for name, over_seeds in results.arms.items():
+        for seed, works in enumerate(over_seeds):
+            for work in works:
+                done, needed = results.lab.result(work), ", ".join(other.key for other in in_order([work])[:-1])
+                spent = (f"{done['seconds']:.0f}", f"{done['cpu_seconds']:.0f}") if done else ("failed", "–")
+                rows.append((name, str(seed), work.key, *spent, needed))
+    facts = "Every folder holds result.json with all facts of its arm, the run folder with its curves (report.html there), and samples."
+    return _html.table(rows) + _html.paragraph(facts)
+
+
+def write_overview(lab: Lab, scale: Scale, planned: Sequence[Any], failed: Mapping[str, str]) -> Path:
+    """<out>/report.html of all experiments asked for, and summary.md: claim, what is seen, scale, seeds, spread."""
+    several = [Results(one.experiment, scale, lab, one.arms, failed) for one in planned if one.needs is None]
+    pages = [("experiment", "page")] + [(r.experiment.title, f"{r.experiment.name}/report.html") for r in several]
+    lacking = "".join(_html.paragraph(f"{one.experiment.name}: {one.needs}") for one in planned if one.needs)
+    told = _html.paragraph(scale.says) + (_html.paragraph(_QUICK) if scale.quick else "")
+    sections = [("Claims", verdict_table(several) + told), ("Pages", _html.table(pages) + lacking)]
+    artifacts.write_text(lab.out / "summary.md", summary(several))
+    artifacts.write_text(lab.out / "report.html", _html.page(f"The paper in miniature: {scale.name} scale", sections))
+    return lab.out / "report.html"
+
+
+def summary(several: Sequence[Results]) -> str:
+    """A table in Markdown: claim of the paper, what is seen here, at which scale, with how many seeds and what spread."""
+    lines = ["| experiment | claim of the paper | seen here | difference | scale | seeds |", "|---|---|---|---|---|---|"]
+    for results in several:
+        for claim in results.experiment.claims(results.scale):
+            lines.append(_summary_line(results, claim))
+    return "\n".join(lines) + "\n"
+
+
+def _summary_line(results: Results, claim: Claim) -> str:
+    verdict, score = results.verdict(claim), claim.score
+    differences = ", ".join(f"{score.factor * d:+.{score.digits}f}" for d in verdict.differences)
+    scale = results.scale.name + (" (quick: no meaning)" if results.scale.quick else "")
+    return f"| {results.experiment.name} | {claim.says} | {verdict.seen} | {score.title}: {differences} | {scale} | {len(verdict.differences)} |"

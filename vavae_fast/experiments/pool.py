@@ -1,0 +1,97 @@
+"""Tasks that wait for one another, run by processes side by side."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from vavae_fast.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Task:
+    """`function(*arguments)`, once the tasks named in `needs` are done. All of it goes to another process."""
+
+    name: str
+    needs: tuple[str, ...]
+    function: Callable[..., Any]
+    arguments: tuple = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task gave, the seconds it took and the CPU seconds of its process, and that process's peak memory so far."""
+
+    name: str
+    value: Any
+    seconds: float
+    cpu_seconds: float
+    memory_gb: float
+
+
+def run_tasks(tasks: Sequence[Task], processes: int, finished: Callable[[Done], None], failed: Callable[[str, BadInput], None] | None = None) -> None:
+    """Run all, each as soon as what it waits for is done and a process is free, in their order where several could.
+
+    `failed` takes the `BadInput` of one task; those that wait for it are left out. Without it, and for any other error or a signal, the
+    first ends all: tasks that run are waited for.
+    """
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(processes,)) as pool:
+        waiting, running, done = list(tasks), {}, set()
+        while waiting or running:
+            for task in [task for task in waiting if set(task.needs) <= done][: processes - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(_timed, task)] = task
+            if not running:
+                return  # what still waits needs a task that failed
+            finished_now, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished_now:
+                task = running.pop(future)
+                if _settled(pool, future, task, finished, failed):
+                    done.add(task.name)
+
+
+def _settled(pool: ProcessPoolExecutor, future: Future, task: Task, finished, failed) -> bool:
+    """Whether the task of `future` came to a good end."""
+    try:
+        finished(future.result())
+    except BaseException as error:
+        if failed is not None and isinstance(error, BadInput):
+            failed(task.name, error)
+            return False
+        pool.shutdown(cancel_futures=True)
+        raise
+    return True
+
+
+_parent = 0  # process id of who started this one
+
+
+def _begin(processes: int) -> None:
+    """Several processes with a thread each use small models' cores better than one process with several threads."""
+    global _parent
+    import torch
+
+    from vavae_fast.distributed import die_with_parent
+
+    _parent = os.getppid()
+    die_with_parent()
+    if processes > 1:
+        torch.set_num_threads(1)
+        sys.stdout.isatty = lambda: False  # several progress lines cannot share one line of a terminal
+
+
+def _timed(task: Task) -> Done:
+    import resource
+
+    started, before = time.perf_counter(), time.process_time()
+    try:
+        value = task.function(*task.arguments)
+    finally:
+        if os.getppid() != _parent:  # a stage answers the signal of its parent's death by saving; then nobody is left to work for
+            os._exit(1)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return Done(task.name, value, time.perf_counter() - started, time.process_time() - before, memory)
