@@ -111,7 +111,6 @@ class Draw(Step):
 
     def makers(self, device: torch.device, settings: Settings) -> dict[str, Callable[[], Call]]:
         base = base_model(self.size, device).eval()
-
         make = lambda arm: (engine if WAYS[arm].fused else both_halves)(self, arm, base, device, settings)
         return {arm: lambda arm=arm: make(arm) for arm in self.arms}
 
