@@ -16,12 +16,13 @@ from vavae_fast.training.tokenizer import Stage, TokenizerState, plain_gradients
 CPU = torch.device("cpu")
 SEED = 3
 ADAM = dict(lr=1e-3, betas=(0.5, 0.9))
+FORM = dict(embed_dim=4, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=4)  # of the autoencoder
 
 
 def state(reverse_proj=True, proj_fix=False, vf=True, dtype=torch.float32, disc_start=0, adaptive_vf=True, **changes) -> TokenizerState:
     """Images 16 x 16, latents 4 x 2 x 2, features 8 x 2 x 2; `changes` are of the state's own fields."""
     torch.manual_seed(0)
-    autoencoder = AutoencoderKL(embed_dim=4, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=4)
+    autoencoder = AutoencoderKL(**FORM)
     discriminator = PatchDiscriminator(n_layers=1, ndf=4)
     foundation = StandInEncoder(dim=8, depth=1, heads=2).requires_grad_(False).eval() if vf else None
     perceptual = StandInPerceptual(widths=(8, 8)).requires_grad_(False).eval()

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     CROP = 6
     ORDER = 7
     SUBSTITUTE = 8
+    DROPOUT = 9
     SDE = 1 << 16  # + step: the increments of a stochastic sampler
 
 

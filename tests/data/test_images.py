@@ -323,3 +323,10 @@ def test_image_stream_sees_the_same_global_batches_on_any_world(tmp_path, world)
         assert torch.equal(torch.cat([part.index for part in parts]), torch.arange(4 * step, 4 * step + 4))
     resumed = take(ImageStream(images, 1, Share(4), flip=True), 1, start=2)
     assert torch.equal(resumed[0].pixels, straight[2].pixels)
+
+
+def test_an_image_stream_s_batches_are_on_the_images_device(tmp_path):
+    images = open_images(write_folder(tmp_path, {f"{k}.png": png(k) for k in range(4)}), size=8, crop="random")
+    images.device = torch.device("meta")
+    (batch,) = take(ImageStream(images, 1, Share(4)), 1)
+    assert batch.pixels.device == batch.index.device == images.device and batch.pixels.shape == (4, 3, 8, 8)

@@ -5,7 +5,7 @@ label drops, flips, crops. Starting at step s is a seek; any number of processes
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -132,8 +132,9 @@ class LatentStream:
 
 
 class ImageStream:
-    """Images for the tokenizer: `share.batches_per_step` ImageBatches a step, on the images' device; `index` = positions in the run.
+    """Images for the tokenizer: `share.batches_per_step` ImageBatches a step; `index` = positions in the run.
 
+    pixels and index are on `images.device`, copied from pinned memory: a pageable copy would wait for the steps before it.
     images: opened with crop="random"; the place of each crop is a function of (seed, position). flip: mirror with
     probability 1/2; the reference does not.
 
@@ -157,7 +158,9 @@ class ImageStream:
 
     def batches(self, start: int = 0) -> Iterator[ImageBatch]:
         """From step `start` on, without end; close the iterator to end its threads."""
-        return ahead(self._read, self.share.positions(start), depth=2)
+        device = self.images.device
+        for batch in ahead(self._read, self.share.positions(start), depth=2):
+            yield replace(batch, pixels=batch.pixels.to(device, non_blocking=True), index=batch.index.to(device, non_blocking=True))
 
     def _read(self, positions: np.ndarray) -> ImageBatch:
         indices, mirrored = self._order(positions)
@@ -177,6 +180,8 @@ class ImageStream:
             raise BadInput(f"{faults[min(faults)]} ({_ATTEMPTS} others in its place were unreadable too)")
         if self.flip:
             pixels[mirrored] = pixels[mirrored].flip(-1)
+        if self.images.device.type == "cuda":
+            pixels, counters = (t if t.is_cuda else t.pin_memory() for t in (pixels, counters))
         return ImageBatch(pixels, self.images.labels[indices], counters)
 
     def _pixels(self, indices: np.ndarray, counters: Tensor) -> tuple[Tensor, dict[int, BadInput]]:

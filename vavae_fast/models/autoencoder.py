@@ -93,7 +93,7 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"AutoencoderKL: num_groups {groups} does not divide the channels of every level, {[ch, *widths]}")
         attends = [resolution // 2**level in attn_resolutions for level in range(len(widths))]
         blocks = Blocks(groups, dropout, fused)
-        self.embed_dim, self.in_channels = embed_dim, in_channels
+        self.embed_dim, self.in_channels, self.dropout = embed_dim, in_channels, dropout
         self.encoder = Encoder(in_channels, ch, widths, num_res_blocks, attends, z_channels, blocks)
         self.decoder = Decoder(out_ch, ch, widths, num_res_blocks, attends, z_channels, blocks)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)

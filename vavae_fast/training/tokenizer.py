@@ -149,7 +149,7 @@ class TokenizerState:
 
 
 def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBatch]) -> dict[str, Tensor]:
-    """One step of both networks on this process's micro-batches. No host sync: values are () tensors on the device.
+    """One step of both networks on this process's micro-batches, which are on the device. No host sync: values are () tensors there.
 
     Both losses look at the same reconstructions, made before either network moves. A non-finite gradient of either
     leaves both as they were, running statistics of the discriminator too.
@@ -158,6 +158,8 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     rate = state.learning_rate(step)
     set_learning_rate(state.optimizer, rate)
     set_learning_rate(state.optimizer_disc, rate)
+    if state.autoencoder.dropout > 0:
+        _seed_dropout(state, step)
     means: dict[str, Tensor] = {}
     statistics = [buffer.clone() for buffer in state.discriminator.buffers()]
     with state.autocast():  # around all micro-batches: it rounds each weight once, and keeps that until it ends
@@ -177,6 +179,12 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     for optimizer in norms:
         optimizer.zero_grad(set_to_none=True)
     return means | _per_value(means, state.autoencoder, micro_batches[0]) | {"grad_norm": norms[state.optimizer]}
+
+
+def _seed_dropout(state: TokenizerState, step: int) -> None:
+    """PyTorch's generators by the run's seed, the step and the process: a run that continues has the masks that it would have had."""
+    place = torch.tensor([step * state.world.size + state.world.rank])
+    torch.manual_seed(int(rng.integers(state.seed, place, 1 << 31, rng.Stream.DROPOUT)))
 
 
 def _per_value(means: dict[str, Tensor], autoencoder: AutoencoderKL, batch: ImageBatch) -> dict[str, Tensor]:
@@ -239,6 +247,6 @@ def as_if_stepped(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.O
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
-                count = torch.tensor(float(steps), device=p.device)
+                count = torch.full((), float(steps), device=p.device)  # not torch.tensor, which would copy it there and wait
                 optimizer.state[p].update(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return optimizer
