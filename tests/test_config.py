@@ -140,6 +140,8 @@ def test_a_custom_model_needs_numbers_that_fit(tmp_path, overrides, words):
     [
         ("model.params.embed_dimm=4", ["unknown key model.params.embed_dimm", "model.params.embed_dim?"]),
         ("model.params.ddconfig.ch_mult=[]", ["model.params.ddconfig.ch_mult"]),
+        ("model.params.ddconfig.in_channels=1", ["model.params.ddconfig.in_channels", "must be 3", "got 1"]),
+        ("model.params.ddconfig.out_ch=4", ["model.params.ddconfig.out_ch", "must be 3", "got 4"]),
         ("model.params.ddconfig.double_z=false", ["model.params.ddconfig.double_z"]),
         ("model.params.lossconfig.params.disc_loss=wgan", ["disc_loss: expected one of hinge, vanilla"]),
         ("model.params.lossconfig.params.kl_weight=-1", ["model.params.lossconfig.params.kl_weight"]),
@@ -148,6 +150,7 @@ def test_a_custom_model_needs_numbers_that_fit(tmp_path, overrides, words):
         ("data.params.batch_size=0", ["data.params.batch_size"]),
         ("lightning.trainer.devices=0", ["lightning.trainer.devices"]),
         ("decay_fraction=2", ["decay_fraction"]),
+        ("max_grad_norm=0", ["max_grad_norm: must be above 0, or null, got 0"]),
     ],
 )
 def test_a_tokenizer_config_that_cannot_run(tmp_path, override, words):

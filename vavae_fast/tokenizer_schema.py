@@ -75,7 +75,9 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         require(self.double_z, "double_z", self.double_z, "true: the posterior has a mean and a variance")
-        for key in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "num_res_blocks"):
+        for key in ("in_channels", "out_ch"):
+            require(getattr(self, key) == 3, key, getattr(self, key), "3: images are red, green and blue")
+        for key in ("z_channels", "resolution", "ch", "num_res_blocks"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
         require(bool(self.ch_mult) and min(self.ch_mult) > 0, "ch_mult", self.ch_mult, "a list of whole numbers above 0")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
@@ -255,6 +257,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         params = self.model.params
+        require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0, or null")
         require(0 <= self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "in [0, 1]")
         if self.image_size % 2 ** (len(params.ddconfig.ch_mult) - 1):
             raise BadInput(f"data.image_size {self.image_size} is not a multiple of the downsampling factor {self.downsample_ratio}")

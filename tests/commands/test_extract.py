@@ -247,6 +247,18 @@ def test_an_image_size_that_the_tokenizer_cannot_halve(tiny, out, capsys):
     assert main(argv) == 2 and "data.image_size: must be a multiple of 8, by which the tokenizer downsamples, got 18" in capsys.readouterr().err
 
 
+def test_an_image_without_a_class_among_others_is_named(tiny, out, tmp_path, capsys):
+    """And is not of class 0, as all are where there are no classes."""
+    images = copy(tiny.images, tmp_path / "images")
+    (images / "bee" / "0.png").rename(images / "stray.png")
+    assert main(words(tiny, out, "--images", str(images))) == 2
+    assert f"error: {images}/stray.png: has no class, as 1 of 16 images, and the others have; give it one, or remove it" in capsys.readouterr().err
+    assert not out.exists()
+    copy(images / "ant", tmp_path / "flat")
+    done(*words(tiny, out, "--images", str(tmp_path / "flat")))
+    assert open_latents(out).labels.tolist() == [0] * 8
+
+
 def test_progress_says_what_is_waited_for(tiny, out, capsys, monkeypatch):
     monkeypatch.setattr(extract, "_QUIET_SECONDS", -1.0)
     done(*words(tiny, out))

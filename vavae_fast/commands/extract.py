@@ -124,6 +124,7 @@ def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
     if is_dit and len(images.classes) > config.data.num_classes:
         found = f"{len(images.classes)} class folders, data.num_classes is {config.data.num_classes}"
         raise BadInput(f"{source}: {found}; set data.num_classes={len(images.classes)}")
+    _check_labels(images)
     tokenizer = build.tokenizer(config, args.checkpoint)
     ratio = tokenizer.downsample_ratio
     require(images.size % ratio == 0, "data.image_size", images.size, f"a multiple of {ratio}, by which the tokenizer downsamples")
@@ -135,6 +136,14 @@ def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
     shape, dtype = (tokenizer.embed_dim, images.size // ratio, images.size // ratio), getattr(torch, args.dtype)
     writer = LatentWriter(args.out, shape, len(images), args.shard_size, dtype, facts, args.posterior == "mean+std", images.names)
     return ExtractPlan(images, tokenizer, writer, args.posterior, args.seed, args.batch, precision, processes or world_size())
+
+
+def _check_labels(images: Any) -> None:
+    """`BadInput` where only some images have a class: without any, all are of class 0."""
+    if len(images.classes) > 1 and int(images.labels.min()) < 0:
+        lost = (images.labels < 0).nonzero().flatten().tolist()
+        found = f"{images.path}/{images.names[lost[0]]}: has no class, as {len(lost):,} of {len(images):,} images"
+        raise BadInput(f"{found}, and the others have; give it one, or remove it")
 
 
 def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
