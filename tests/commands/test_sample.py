@@ -179,6 +179,12 @@ def test_single_images_of_a_complete_draw_are_the_main_process_s(tiny, ten, out,
     assert not (out / "png").exists()
 
 
+def test_what_the_threads_of_single_images_meet_ends_the_draw(tiny, out, capsys):
+    (out / "png" / "000002.png.tmp").mkdir(parents=True)
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out), "--png"]) == 2
+    assert "000002.png.tmp" in capsys.readouterr().err and not (out / "manifest.json").exists()
+
+
 def test_what_the_writing_thread_meets_ends_the_draw(tiny, out, monkeypatch, capsys):
     def full(plan, first, images):
         raise OSError(28, "No space left on device", str(plan.out))

@@ -12,8 +12,8 @@ from tiny import contents, copy, done, files, launched, metrics
 
 from vavae_fast.cli import main
 from vavae_fast.commands import build, watch
+from vavae_fast.commands.networks import sampler_settings
 from vavae_fast.commands.online_fid import share_of
-from vavae_fast.commands.sample import sampler_settings
 from vavae_fast.config import load_config
 from vavae_fast.data import open_latents
 from vavae_fast.distributed import World

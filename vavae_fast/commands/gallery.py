@@ -13,6 +13,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands import sample
+from vavae_fast.commands.networks import Networks, load_networks, precision_of, predictor_of, sampler_settings
 from vavae_fast.config import LightningDiTConfig, given_path, run_folder
 from vavae_fast.errors import BadInput, require
 
@@ -46,7 +47,7 @@ class GalleryPlan:
     columns: int
     seed: int
     out: Path
-    networks: sample.Networks
+    networks: Networks
     latents: Any  # training latents, for neighbours; or None
     facts: dict[str, Any]
 
@@ -73,7 +74,7 @@ def plan(config: LightningDiTConfig, args) -> GalleryPlan:
     require(seed >= 0, "--seed", seed, "0 or more")
     out = args.out or run_folder(config, args.config) / "gallery"
     artifacts.require_writable(out)
-    networks = sample.load_networks(config, args.checkpoint, args.weights)
+    networks = load_networks(config, args.checkpoint, args.weights)
     latents = _latents(config) if "neighbours" in pictures else None
     facts = dict(classes=classes, columns=args.columns, seed=seed, preset=args.preset) | networks.facts
     return GalleryPlan(config, pictures, classes, args.columns, seed, out, networks, latents, facts)
@@ -117,10 +118,11 @@ class Artist:
         from vavae_fast.models.inference import decoder
 
         config = plan.config
-        self.plan, self.device, self.precision = plan, device, sample.precision_of(config, device)
-        self.settings = sample.sampler_settings(config.sample)
+        self.plan, self.device, self.precision = plan, device, precision_of(config, device)
+        self.settings = sampler_settings(config.sample)
+        as_it_is = replace(config, sample=replace(config.sample, compile="none"))  # a few dozen images, in batches of several sizes
         self.predict, self.guide = (
-            sample.predictor_of(config, model, self.precision, device) for model in (plan.networks.model, plan.networks.guide)
+            predictor_of(as_it_is, model, self.precision, device) for model in (plan.networks.model, plan.networks.guide)
         )
         self.decode = decoder(plan.networks.tokenizer, device, self.precision)
         mean, std = (s.to(device) for s in plan.networks.stats)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands import _html, sample
+from vavae_fast.commands.networks import sampler_settings
 from vavae_fast.commands.scored_images import in_one_line, made_by
 from vavae_fast.config import LightningDiTConfig, load_config
 from vavae_fast.errors import BadInput, require
@@ -91,7 +92,7 @@ def plan(config: None, args) -> SweepPlan:
     if needed := of_images(metrics, reference):
         require_count(len(reference.images), needed, reference.name)
     for setting in settings:
-        sample.sampler_settings(setting.config.sample)
+        sampler_settings(setting.config.sample)
     _planned(flags, settings[0])
     return SweepPlan(settings, flags, metrics, reference, load_inception(args.inception), args.out, args.batch)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vavae_fast import rng
 from vavae_fast.commands import build
+from vavae_fast.commands.networks import sampler_settings
 from vavae_fast.commands.online_fid import FidJudge, share_of
-from vavae_fast.commands.sample import sampler_settings
 from vavae_fast.config import LightningDiTConfig, given_path
 from vavae_fast.data.latents import Latents, ShardStore, open_store
 from vavae_fast.distributed import World

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vavae_fast import artifacts, rng
 from vavae_fast.commands import build
-from vavae_fast.commands.sample import sampler_settings
+from vavae_fast.commands.networks import sampler_settings
 from vavae_fast.config import SampleConfig
 from vavae_fast.errors import BadInput, is_integer, is_number, require
 from vavae_fast.flow.generate import LatentScale, SamplerSettings, generate_images, generate_latents
