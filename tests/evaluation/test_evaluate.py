@@ -177,6 +177,15 @@ def test_one_pixel_changes_the_hash_of_the_images(samples, real):
     assert found[0]["samples_sha256"] != found[1]["samples_sha256"] and found[0]["reference_sha256"] == found[1]["reference_sha256"]
 
 
+def test_images_of_one_colour_are_counted():
+    """One that begins like one, and differs in its last pixel, is none."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 3, 16, 16), dtype=np.uint8))
+    images[:3] = torch.tensor([7, 9, 200], dtype=torch.uint8)[:, None, None]
+    images[2, 1, -1, -1] += 1
+    found = evaluate_samples(images.split(5), ReferenceStatistics("real", images=[images]), ("recall",), Pixels())
+    assert "samples: 2 of 12 images are of one colour" in found["protocol"]["warnings"]
+
+
 def test_a_reference_of_another_size_is_said(samples):
     larger = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (50, 3, 8, 8), dtype=np.uint8))
     found = evaluate_samples([samples[:50]], ReferenceStatistics("large.npz", images=[larger]), ("precision",), Pixels())
