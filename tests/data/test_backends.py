@@ -136,3 +136,18 @@ def test_decoded_on_a_gpu_within_the_bound(tmp_path):
     found, expected = images.read(range(len(GOOD))), open_images(tmp_path, size=24, backend="pil").read(range(len(GOOD)))
     difference = (found.cpu().int() - expected.int()).abs()
     assert found.is_cuda and difference.float().mean() < 1 and difference.max() <= 8
+
+
+@pytest.mark.gpu
+def test_reading_on_a_gpu_does_not_wait_for_the_training(tmp_path):
+    if not torch.cuda.is_available() or (reason := installed("dali")):
+        pytest.skip("needs a GPU" if not torch.cuda.is_available() else reason)
+    write(tmp_path, {f"{k}.jpg": JPEG for k in range(70)})  # more than go through at once
+    images = open_images(tmp_path, size=24, backend="dali")
+    images.device = torch.device("cuda")
+    alone = images.read(range(70))  # with all that is built once
+    torch.cuda._sleep(10**10)  # cycles, some seconds: steps in the queue of this stream
+    steps = torch.cuda.current_stream().record_event()
+    beside = images.read(range(70))
+    assert not steps.query()
+    assert torch.equal(beside, alone)

@@ -147,7 +147,9 @@ class Images:
         return f"{self.path}/{self.names[i]}", self._source.read(i)
 
     def _read_by_dali(self, indices: np.ndarray, places: list[tuple[float, float]]) -> tuple[Tensor, dict[int, BadInput]]:
-        pixels = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+        beside = self._dali.stream
+        with torch.cuda.stream(beside):
+            pixels = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
         found: dict[int, Tensor | None] = {}
 
         def header(k: int) -> tuple[str, bytes, bool]:
@@ -161,7 +163,8 @@ class Images:
                 image = torch.from_numpy(np.array(load(read_header(data, name), name)))
             where = self._cut((image.shape[1], image.shape[0]), name, places[k])
             if pixels.is_cuda:
-                pixels[k] = device_square(image.to(self.device), where, self._cutter.down_first)
+                with torch.cuda.stream(beside):  # each thread has a present stream of its own
+                    pixels[k] = device_square(image.to(self.device), where, self._cutter.down_first)
             else:
                 self._cutter.write_array(image.numpy(), where, pixels[k].numpy())
 
@@ -171,6 +174,9 @@ class Images:
         given = [k for k in good if headers[k][2]]
         found.update(zip(given, self._dali.decode([headers[k][1] for k in given])))
         faults |= {good[k]: fault for k, fault in _faults(self._pool.map(_caught(cut), good)).items()}
+        if pixels.is_cuda:
+            beside.synchronize()
+            pixels.record_stream(torch.cuda.current_stream(self.device))  # where they are used: their memory is not for the next read before
         return pixels, faults
 
     def _places(self, indices: np.ndarray, seed: int, counters: Tensor | None) -> list[tuple[float, float]]:

@@ -179,7 +179,8 @@ class ImageStream:
         if faults:
             raise BadInput(f"{faults[min(faults)]} ({_ATTEMPTS} others in its place were unreadable too)")
         if self.flip:
-            pixels[mirrored] = pixels[mirrored].flip(-1)
+            for row in np.flatnonzero(mirrored).tolist():  # one by one: a mask would be asked of a GPU, behind all steps before it
+                pixels[row] = pixels[row].flip(-1)
         if self.images.device.type == "cuda":
             pixels, counters = (t if t.is_cuda else t.pin_memory() for t in (pixels, counters))
         return ImageBatch(pixels, self.images.labels[indices], counters)
