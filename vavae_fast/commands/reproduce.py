@@ -13,6 +13,8 @@ from vavae_fast.experiments.catalogue import FUTURE_WORK, NAMES, PAPER, SCALES
 
 EXAMPLE = "vavae-fast reproduce dilemma --scale demo --dry-run"
 
+_ARM_BYTES = 30 << 20  # what an arm on digits leaves: its last checkpoint, above all
+
 
 def arguments(parser) -> None:
     names = f"all, or one or more: of the paper {', '.join(PAPER)}; of its future work {', '.join(FUTURE_WORK)}"
@@ -90,8 +92,19 @@ def plan(config: None, args) -> ReproducePlan:
     for one in planned:
         if one.needs and len(planned) == 1:
             raise BadInput(f"{one.experiment.name}: {one.needs}")
+    _require_space(out, planned)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)) if args.gpus > 1 else ()
     return ReproducePlan(Lab(out, launcher), scale, planned, args.seeds, len(os.sched_getaffinity(0)))
+
+
+def _require_space(out: Path, planned: list[Any]) -> None:
+    """For the arms of the smallest scale; a stage that needs more says so itself."""
+    from vavae_fast.experiments.runner import all_works
+    from vavae_fast.experiments.stages import LightningDiT
+    from vavae_fast.experiments.work import Lab
+
+    missing = sum(isinstance(work, LightningDiT) and Lab(out).result(work) is None for work in all_works(planned))
+    artifacts.require_space(out, missing * _ARM_BYTES)
 
 
 def _pairs(words: list[str], flag: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ def arms(scale: Scale, seed: int) -> Arms:
         for path in PATHS:
             for prediction in PREDICTIONS if aligned else ("noise",) if path == "VP" else ("velocity",):
                 transport = (f"transport.path_type={path}", f"transport.prediction={prediction}", "transport.use_cosine_loss=false")
-                found[name(path, prediction, aligned)] = scale.lightningdit_on(tokenizer, *transport, *SAMPLER, draws=4)
+                found[name(path, prediction, aligned)] = scale.lightningdit_on(tokenizer, *transport, *SAMPLER, marks=scale.marks[-1:], draws=4)
     return found
 
 

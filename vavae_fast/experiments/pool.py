@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -33,13 +33,16 @@ class Done:
     memory_gb: float
 
 
-def run_tasks(tasks: Sequence[Task], processes: int, finished: Callable[[Done], None], failed: Callable[[str, BadInput], None] | None = None) -> None:
+def run_tasks(
+    tasks: Sequence[Task], processes: int, finished: Callable[[Done], None], failed: Callable[[str, BadInput], None] | None = None
+) -> None:
     """Run all, each as soon as what it waits for is done and a process is free, in their order where several could.
 
     `failed` takes the `BadInput` of one task; those that wait for it are left out. Without it, and for any other error or a signal, the
     first ends all: tasks that run are waited for.
     """
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(processes,)) as pool:
+    begun = dict(initializer=_begin, initargs=(processes, os.getpid()))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), **begun) as pool:
         waiting, running, done = list(tasks), {}, set()
         while waiting or running:
             for task in [task for task in waiting if set(task.needs) <= done][: processes - len(running)]:
@@ -50,35 +53,30 @@ def run_tasks(tasks: Sequence[Task], processes: int, finished: Callable[[Done], 
             finished_now, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished_now:
                 task = running.pop(future)
-                if _settled(pool, future, task, finished, failed):
-                    done.add(task.name)
-
-
-def _settled(pool: ProcessPoolExecutor, future: Future, task: Task, finished, failed) -> bool:
-    """Whether the task of `future` came to a good end."""
-    try:
-        finished(future.result())
-    except BaseException as error:
-        if failed is not None and isinstance(error, BadInput):
-            failed(task.name, error)
-            return False
-        pool.shutdown(cancel_futures=True)
-        raise
-    return True
+                try:
+                    found = future.result()
+                except BadInput as error:
+                    if failed is None:
+                        raise
+                    failed(task.name, error)
+                    continue
+                finished(found)
+                done.add(task.name)
 
 
 _parent = 0  # process id of who started this one
 
 
-def _begin(processes: int) -> None:
+def _begin(processes: int, parent: int) -> None:
     """Several processes with a thread each use small models' cores better than one process with several threads."""
     global _parent
     import torch
 
     from vavae_fast.distributed import die_with_parent
 
-    _parent = os.getppid()
+    _parent = parent
     die_with_parent()
+    _leave_if_orphaned()  # it may have died while torch was imported
     if processes > 1:
         torch.set_num_threads(1)
         sys.stdout.isatty = lambda: False  # several progress lines cannot share one line of a terminal
@@ -91,7 +89,19 @@ def _timed(task: Task) -> Done:
     try:
         value = task.function(*task.arguments)
     finally:
-        if os.getppid() != _parent:  # a stage answers the signal of its parent's death by saving; then nobody is left to work for
-            os._exit(1)
+        _leave_if_orphaned()  # a stage answers the signal of its parent's death by saving what it has
+        _forget_compiled()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return Done(task.name, value, time.perf_counter() - started, time.process_time() - before, memory)
+
+
+def _leave_if_orphaned() -> None:
+    """Nobody is left to work for."""
+    if os.getppid() != _parent:
+        os._exit(1)
+
+
+def _forget_compiled() -> None:
+    """What was compiled for one task's model: the next one's would count as recompilations of it, of which there may be few."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -17,7 +17,7 @@ _DEMO = (
     "1/48 of its image: compare directions, never sizes. Stand-ins: {foundations} in place of pretrained models; a small classifier of "
     "digits for VGG in LPIPS; {judge}, in place of Inception. Stand-ins are trained once: seeds differ in tokenizer and LightningDiT."
 )
-# One core of a shared x86-64 server, torch 2.13, fp32, one thread; benchmarks/NOTES.md tells how.
+# One core of a busy x86-64 server, torch 2.13, fp32, one thread, 200 steps each: CPU time, which a busy machine makes longer.
 _DEMO_RATES = Rates(tokenizer=0.13, aligned=0.165, lightningdit_fixed=0.02, lightningdit_batch=0.065, image=0.011, encoder=0.025, classifier=0.03,
                     overhead=2.0)  # fmt: skip
 
@@ -25,7 +25,7 @@ _DEMO_RATES = Rates(tokenizer=0.13, aligned=0.165, lightningdit_fixed=0.02, ligh
 def demo(configs: Path, files: Files, budget: float, quick: bool) -> Scale:
     """Everything on embedded digits: hours on two CPU cores."""
     images, foundations = Images("builtin:digits/train", "builtin:digits/test", 8), _standins("supervised")
-    steps, marks = (4, (2, 4)) if quick else (_budget(700, budget), tuple(_budget(mark, budget) for mark in (100, 200, 400, 800)))
+    steps, marks = (4, (2, 4)) if quick else (_budget(500, budget), tuple(_budget(mark, budget) for mark in (100, 200, 400, 800)))
     learning = (2, 2) if quick else (_budget(250, budget), _budget(250, budget))
     rates, judge = _DEMO_RATES, DigitsJudge()
     return Scale(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from vavae_fast import artifacts
 from vavae_fast.commands.invoke import run_command
+from vavae_fast.errors import BadInput
 from vavae_fast.parsing import apply_overrides, read_yaml
 
 FORMAT = 1  # of results: another number makes every one anew
@@ -34,10 +35,10 @@ class Lab:
     def run(self, command: str, *words: Any) -> None:
         """A command of this package; what goes wrong is an exception."""
         words = tuple(map(str, words))
-        if self.launcher:
-            subprocess.run([*self.launcher, "-m", "vavae_fast", command, *words], check=True)
-        else:
+        if not self.launcher:
             run_command(command, list(words))
+        elif status := subprocess.run([*self.launcher, "-m", "vavae_fast", command, *words]).returncode:
+            raise BadInput(f"vavae-fast {command} {' '.join(words)}: ended with status {status}; see what it said above")
 
 
 class Work:
