@@ -209,7 +209,7 @@ class SampleConfig:
     cfg_interval_end: float = 1.0
     cfg_channels: int | Literal["all"] = 3  # 3: as released checkpoints were evaluated
     labels: Literal["random", "balanced"] = "random"
-    precision: Literal["auto", "bf16", "fp8", "tf32", "fp32"] = "auto"  # auto: bf16 on a GPU; tf32: as the published numbers were made
+    precision: Literal["auto", "bf16", "fp8", "tf32", "fp32"] = "auto"  # auto: bf16 on a GPU; tf32: as published; fp8: scaled by the batch
     compile: Literal["auto", "none", "blocks", "model"] = "auto"  # torch.compile; auto: the blocks on a GPU
     cuda_graphs: bool = True  # on a GPU: the network is captured once for each batch size and replayed
     guide: str | None = None  # autoguidance: run folder or weights of a lesser model, whose prediction replaces the unconditional one

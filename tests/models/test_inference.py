@@ -73,6 +73,11 @@ def test_a_replay_sees_each_call_s_inputs_and_gives_a_result_of_its_own(monkeypa
         assert all(torch.equal(a, b) for a, b in zip(inputs, before))
     assert all(torch.equal(found, expected) for found, expected in kept), "no later call has written into an earlier result"
     assert RecordedGraph.captures == 2, "one capture a shape"
+    for count in range(5, 12):
+        replayed(torch.randn(count, 4, 4, 4), torch.rand(count), torch.randint(6, (count,)))
+    assert len(replayed._graphs) == 8 and RecordedGraph.captures == 9
+    replayed(*inputs)
+    assert RecordedGraph.captures == 9, "the shape used last before those seven is still there"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

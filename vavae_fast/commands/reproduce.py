@@ -24,6 +24,7 @@ def arguments(parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/reproduce-<scale>; arms that are there are used again")
     parser.add_argument("--budget", type=float, default=1.0, metavar="FACTOR", help="all steps times FACTOR (default 1)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs; the numbers mean nothing")
+    parser.add_argument("--processes", type=int, metavar="N", help="pieces of work side by side; default: one a core, with a GPU one")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="each stage on N GPUs of this machine, by torchrun (default 1)")
     parser.add_argument("--configs", type=Path, help="folder of the scales' configs; default: configs/ of the checkout")
     parser.add_argument("--data", metavar="DIR", help="training images, for scales cifar and imagenet")
@@ -45,7 +46,7 @@ class ReproducePlan:
     scale: Any
     planned: list[Any]
     seeds: int
-    processes: int
+    processes: int | None  # None: as many as suit the machine
 
     def describe(self) -> str:
         from vavae_fast.experiments.runner import all_works
@@ -72,8 +73,8 @@ def plan(config: None, args) -> ReproducePlan:
     from vavae_fast.experiments.scale import Files
     from vavae_fast.experiments.work import Lab
 
-    for flag, value, least in (("--seeds", args.seeds, 1), ("--gpus", args.gpus, 1)):
-        require(value >= least, flag, value, f"{least} or more")
+    for flag, value in (("--seeds", args.seeds), ("--gpus", args.gpus), ("--processes", args.processes)):
+        require(value is None or value >= 1, flag, value, "1 or more")
     require(args.budget > 0, "--budget", args.budget, "above 0")
     for name in args.names:
         if name != "all" and name not in NAMES:
@@ -94,7 +95,7 @@ def plan(config: None, args) -> ReproducePlan:
             raise BadInput(f"{one.experiment.name}: {one.needs}")
     _require_space(out, planned)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)) if args.gpus > 1 else ()
-    return ReproducePlan(Lab(out, launcher), scale, planned, args.seeds, len(os.sched_getaffinity(0)))
+    return ReproducePlan(Lab(out, launcher), scale, planned, args.seeds, args.processes)
 
 
 def _require_space(out: Path, planned: list[Any]) -> None:
@@ -120,6 +121,10 @@ def _pairs(words: list[str], flag: str) -> dict[str, str]:
     return found
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def _told(plan: ReproducePlan) -> str:
     """One line: how much, how long."""
     from vavae_fast.experiments.runner import all_works, seconds_left
@@ -128,21 +133,22 @@ def _told(plan: ReproducePlan) -> str:
     done = sum(plan.lab.result(work) is not None for work in works)
     seconds = seconds_left(plan.lab, works)
     hours = "its time on this machine is not yet measured" if seconds is None else f"about {seconds / 3600:.1f} CPU hours"
-    hours += "" if seconds is None else f", {seconds / 3600 / plan.processes:.1f} h on {plan.processes} cores"
+    cores = plan.processes or _cores()
+    hours += "" if seconds is None else f", {seconds / 3600 / cores:.1f} h on {cores} cores"
     arms = sum(len(one.arms) for one in plan.planned)
     return (f"reproduce  {plan.lab.out}: {len(plan.planned)} experiments, {arms} arms x {plan.seeds} seeds at {plan.scale.name} scale; "
             f"{len(works)} pieces of work, {done} done; predicted: {hours}")  # fmt: skip
 
 
 def run(plan: ReproducePlan) -> Path:
-    """Run what is missing; on a GPU one piece of work at a time, on a CPU one a core."""
+    """Run what is missing."""
     import torch
 
     from vavae_fast.commands.runs import locked
     from vavae_fast.experiments.runner import run_experiments
 
     print(_told(plan), flush=True)
-    processes = 1 if torch.cuda.is_available() else plan.processes
+    processes = plan.processes or (1 if torch.cuda.is_available() else _cores())
     with locked(plan.lab.out, "choose another --out"):
         page = run_experiments(plan.lab, plan.scale, plan.planned, processes)
     print(f"reproduce  done; open {page}, or read {plan.lab.out / 'summary.md'}", flush=True)

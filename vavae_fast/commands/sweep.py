@@ -28,7 +28,8 @@ def arguments(parser) -> None:
     parser.add_argument("--checkpoint", metavar="CKPT", help="as sample's; default: ckpt_path")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of a checkpoint of ours")
     parser.add_argument("--preset", choices=tuple(sample.SAMPLE_PRESETS), help="the settings that are not swept")
-    parser.add_argument("--num", type=int, default=5000, metavar="N", help="images a setting (default 5,000: FID-5000, for ranking only)")
+    parser.add_argument("--num", "--num-images", type=int, default=5000, metavar="N",
+                        help="images a setting (default 5,000: FID-5000, for ranking only); torchrun takes the short form for its own")  # fmt: skip
     parser.add_argument("--seed", type=int, help="default: train.global_seed; every setting starts from the same noise")
     parser.add_argument("--fused", action="store_true", help="run the fused operators (= train.fused=true)")
     parser.add_argument("--reference", metavar="R", help=".npz with arr_0, or statistics .npz (mu sigma)")

@@ -110,7 +110,7 @@ class Results:
         key, sign = claim.score.key, 1 if claim.score.more_is_better else -1
         pairs = zip(self.scores(claim.better), self.scores(claim.worse))
         differences = tuple(sign * (a[key] - b[key]) for a, b in pairs if a is not None and b is not None)
-        return Verdict(claim, differences, _seen(differences))
+        return Verdict(claim, differences, "quick run: no meaning" if self.scale.quick else _seen(differences))
 
 
 def _seen(differences: Sequence[float]) -> str:

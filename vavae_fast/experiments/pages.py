@@ -138,5 +138,5 @@ def summary(several: Sequence[Results]) -> str:
 def _summary_line(results: Results, claim: Claim) -> str:
     verdict, score = results.verdict(claim), claim.score
     differences = ", ".join(f"{score.factor * d:+.{score.digits}f}" for d in verdict.differences)
-    scale = results.scale.name + (" (quick: no meaning)" if results.scale.quick else "")
-    return f"| {results.experiment.name} | {claim.says} | {verdict.seen} | {score.title}: {differences} | {scale} | {len(verdict.differences)} |"
+    seen = f"{verdict.seen} | {score.title}: {differences}"
+    return f"| {results.experiment.name} | {claim.says} | {seen} | {results.scale.name} | {len(verdict.differences)} |"

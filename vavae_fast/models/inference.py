@@ -12,6 +12,7 @@ from vavae_fast.models.compilation import Regions, compile_forward
 from vavae_fast.models.fp8 import convert_to_fp8
 from vavae_fast.models.lightningdit import LightningDiT
 
+_MOST_GRAPHS = 8  # each has its buffers and XL/1's thousand launches; guidance needs two a batch size
 _WARM_UP = 3  # calls before a capture: kernels are compiled and tuned, libraries allocate their workspaces
 
 
@@ -89,7 +90,8 @@ class Replayed:
     """model(*tensors) -> tensor, captured as a CUDA graph at the first call with inputs of certain shapes and replayed from then on.
 
     Launching XL/1's thousand kernels takes the host longer than a small batch takes the GPU. Graphs share one memory pool, and the
-    result is a copy of theirs. No gradients; the model must not wait for the device, nor change between calls.
+    result is a copy of theirs. No gradients; the model must not wait for the device, nor change between calls. The graphs of the
+    shapes met last are kept.
     """
 
     def __init__(self, model: Callable[..., Tensor]):
@@ -100,9 +102,11 @@ class Replayed:
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> Tensor:
         key = tuple((tuple(x.shape), x.dtype) for x in inputs)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture([x.clone() for x in inputs])
-        held, result, replay = self._graphs[key]
+        graph = self._graphs.pop(key, None) or self._capture([x.clone() for x in inputs])
+        self._graphs[key] = graph  # last in the order of use
+        if len(self._graphs) > _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        held, result, replay = graph
         for own, given in zip(held, inputs):
             own.copy_(given)
         replay()
