@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 import zipfile
 
 import numpy as np
@@ -330,3 +331,23 @@ def test_an_image_stream_s_batches_are_on_the_images_device(tmp_path):
     images.device = torch.device("meta")
     (batch,) = take(ImageStream(images, 1, Share(4)), 1)
     assert batch.pixels.device == batch.index.device == images.device and batch.pixels.shape == (4, 3, 8, 8)
+
+
+def test_an_image_stream_reads_the_next_step_while_one_is_at_work(tmp_path, monkeypatch):
+    """However many micro-batches it has: they are asked for at once, and nothing happens on a GPU before the last."""
+    images = open_images(write_folder(tmp_path, {f"{k}.png": png(k) for k in range(4)}), size=8, crop="random")
+    read, done = [], threading.Event()
+    try_read = images.try_read
+
+    def counted(*args):
+        read.append(try_read(*args))
+        if len(read) == 2 * 6:
+            done.set()
+        return read[-1]
+
+    monkeypatch.setattr(images, "try_read", counted)
+    batches = ImageStream(images, 1, Share(6, micro_batch=1)).batches()
+    for _ in range(6):
+        next(batches)
+    assert done.wait(20)
+    batches.close()

@@ -6,6 +6,7 @@ label drops, flips, crops. Starting at step s is a seek; any number of processes
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import numpy as np
 import torch
@@ -154,12 +155,15 @@ class ImageStream:
         self.images, self.seed, self.share, self.flip = images, seed, share, flip
         self.corrupt: set[int] = set()  # indices of images that could not be read
         self._allowed, self._say = int(max_corrupt * len(images)), say
-        self._order = RunOrder(seed, len(images))
+        self._order, self._one_notes = RunOrder(seed, len(images)), Lock()
 
     def batches(self, start: int = 0) -> Iterator[ImageBatch]:
-        """From step `start` on, without end; close the iterator to end its threads."""
+        """From step `start` on, without end; close the iterator to end its threads.
+
+        A whole step is read ahead, for one's micro-batches are asked for at once; two at a time, as one may have fewer images than there are cores.
+        """
         device = self.images.device
-        for batch in ahead(self._read, self.share.positions(start), depth=2):
+        for batch in ahead(self._read, self.share.positions(start), depth=max(2, self.share.batches_per_step), threads=2):
             yield replace(batch, pixels=batch.pixels.to(device, non_blocking=True), index=batch.index.to(device, non_blocking=True))
 
     def _read(self, positions: np.ndarray) -> ImageBatch:
@@ -169,7 +173,8 @@ class ImageStream:
         for attempt in range(_ATTEMPTS):
             if not faults:
                 break
-            self._note({int(indices[row]): fault for row, fault in faults.items()})
+            with self._one_notes:
+                self._note({int(indices[row]): fault for row, fault in faults.items()})
             rows = np.fromiter(sorted(faults), np.int64)
             turns = _ATTEMPTS * counters[rows] + attempt
             indices[rows] = rng.integers(self.seed, turns, len(self.images), rng.Stream.SUBSTITUTE).numpy()
