@@ -2,6 +2,7 @@
 
 import json
 import math
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,29 @@ def test_the_page_keeps_ours_and_the_papers_apart(results):
     table = pages.score_table(results)
     assert "here: Fréchet, of pixels" in table and "paper: speed-up at equal FID" in table and "Figure 4" in table
     assert "20.5 ± 0.7" in table and "2.54" in table and "stand" in table.lower(), "every table names its stand-ins"
+
+
+@pytest.mark.parametrize("name", sorted(set(catalogue.NAMES) - {"latents"}))  # that one draws latents, which must be there
+def test_every_page_is_written_from_scores(scales, tmp_path, monkeypatch, name):
+    """With made-up scores: plots, findings, verdicts and JSON of each experiment, at each scale that it is for."""
+    monkeypatch.setattr(pages, "_samples", lambda results: [])  # there are no images
+    for scale in scales.values():
+        experiment = catalogue.experiment(name)
+        if experiment.needs(scale):
+            continue
+        lab = Lab(tmp_path / scale.name)
+        (planned,) = plan_experiments([experiment], scale, [0, 1])
+        for number, work in enumerate(planned.works(), 1):
+            keys = [score.key for score in (*scale.judge.reconstruction, *experiment.scores(scale), *scale.judge.generation)]
+            scores = dict.fromkeys(keys, 1 + 1 / number)
+            kept(lab, work, scores | {str(mark): scores for mark in getattr(work, "marks", ())} | {"final": scores})
+        page = pages.write(Results(experiment, scale, lab, planned.arms)).read_text()
+        assert all(escape(arm) in page for arm in planned.arms) and "here: " in page and "failed" not in page
+        assert experiment.paper(scale) is None or "paper: " in page
+        told = json.loads((lab.out / name / "results.json").read_text())
+        assert len(told["verdicts"]) == len(experiment.claims(scale)) and all(len(v["differences"]) == 2 for v in told["verdicts"])
+        overview = pages.write_overview(lab, scale, [planned], {})
+        assert f"{name}/report.html" in overview.read_text()
 
 
 def test_summary_is_a_table_of_claims(results):

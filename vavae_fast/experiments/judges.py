@@ -209,4 +209,4 @@ def _balance(predicted) -> float:
 
     share = torch.bincount(predicted).double() / len(predicted)
     share = share[share > 0]
-    return float(-(share * share.log()).sum() / torch.tensor(10.0).log())
+    return float((share * (1 / share).log()).sum() / torch.tensor(10.0).log())
