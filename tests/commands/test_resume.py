@@ -122,3 +122,35 @@ def test_a_disk_that_has_room_again_loses_one_checkpoint_and_not_the_run(tiny, o
     done("train", *tiny.dit(out, "dit", "train.max_steps=6"))
     assert sorted(path.name for path in (out / "dit" / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
     assert "the checkpoint of step 4 was not saved: " in capsys.readouterr().out and "step_00000004.tmp" in calls
+
+
+def test_other_images_or_latents_are_refused_and_a_new_name_of_theirs_is_not(tiny, out, capsys):
+    """Another sample would move all others to other places of the run."""
+    done("train-tokenizer", *tiny.tokenizer(out, "vae", "train.max_steps=2"))
+    moved = copy(tiny.images, out / "moved")
+    again = tiny.tokenizer(out, "vae", f"data.path={moved}", "--override", "data.path")
+    done("train-tokenizer", *again, "train.max_steps=3")
+    (moved / "ant" / "new.png").write_bytes((moved / "ant" / "0.png").read_bytes())
+    capsys.readouterr()
+    assert main(["train-tokenizer", *again]) == 2
+    assert "was trained on other data: count was 16, is 17, fingerprint was" in capsys.readouterr().err
+    done("train-tokenizer", *again, "--override", "data")
+
+    run = copy(tiny.dit_run, out / "dit")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["data"]["count"] += 1
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    words = tiny.dit(out, "dit", "train.max_steps=6")
+    assert main(["train", *words]) == 2
+    assert "was trained on other data: count was 17, is 16; give the same" in capsys.readouterr().err
+    done("train", *words, "--override", "data")
+
+
+def test_the_micro_batch_of_a_tokenizer_is_part_of_its_run(tiny, out, capsys):
+    """BatchNorm and the adaptive weights look at one; LightningDiT's may change."""
+    done("train-tokenizer", *tiny.tokenizer(out, "vae", "train.max_steps=2"))
+    capsys.readouterr()
+    assert main(["train-tokenizer", *tiny.tokenizer(out, "vae", "train.micro_batch_size=2")]) == 2
+    assert "--override train.micro_batch_size" in capsys.readouterr().err
+    assert main(["train-tokenizer", *tiny.tokenizer(out, "other", "train.compile=blocks")]) == 2
+    assert "train.compile" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vavae_fast import artifacts
-from vavae_fast.config import Config, flatten, to_mapping, to_yaml
+from vavae_fast.config import Config, LightningDiTConfig, flatten, to_mapping, to_yaml
 from vavae_fast.errors import BadInput, Interrupted
 from vavae_fast.parsing import read_yaml
 
@@ -21,6 +21,8 @@ _FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "dat
          "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.trainer.max_epochs", "lightning.trainer.strategy",
          "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark", "lightning.callbacks",
          "lightning.modelcheckpoint", "train.shard")  # fmt: skip
+
+_NOT_FREE_OF_A_TOKENIZER = ("train.micro_batch_size",)  # BatchNorm and the adaptive weights look at one micro-batch
 
 
 def resume_arguments(parser) -> None:
@@ -38,12 +40,27 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
         raise BadInput(f"{folder}: holds checkpoints of an earlier run; continue it with --resume auto, or choose another train.exp_name")
     if (folder / "config.yaml").is_file() and held:
         before, now = flatten(read_yaml(folder / "config.yaml")), flatten(to_mapping(config))
-        changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(_FREE) and k not in set(allowed)]
+        free = _FREE if isinstance(config, LightningDiTConfig) else tuple(key for key in _FREE if key not in _NOT_FREE_OF_A_TOKENIZER)
+        changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(free) and k not in set(allowed)]
         if changed:
             differences = ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:5])
             cure = f"take it back, add {' '.join(f'--override {key}' for key in changed[:5])}, or choose another train.exp_name"
             raise BadInput(f"{folder}: started with another config: {differences}; {cure}")
     return held
+
+
+def check_same_data(folder: Path, data: dict[str, Any], allowed: Iterable[str]) -> None:
+    """`BadInput` unless the run in `folder` was trained on `data`: with other samples their order, and so the run, would be another.
+
+    What the data are called (`folder`) may change.
+    """
+    held = artifacts.read_json(folder / "manifest.json").get("data") if (folder / "manifest.json").is_file() else None
+    if not isinstance(held, dict) or "data" in allowed:
+        return
+    changed = [key for key in data if key in held and key != "folder" and held[key] != data[key]]
+    if changed:
+        differences = ", ".join(f"{key} was {held[key]}, is {data[key]}" for key in changed)
+        raise BadInput(f"{folder}: was trained on other data: {differences}; give the same, add --override data, or choose another train.exp_name")
 
 
 @contextmanager

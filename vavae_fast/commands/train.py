@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
+from vavae_fast.commands.runs import check_run_folder, check_same_data, locked, resume_arguments, run_steps, start_run
 from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 
@@ -71,6 +71,8 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
     from vavae_fast.models.fp8 import require_fp8
 
     latents, model = _latents(config, path), _on_meta(config)
+    if resumes and latents is not None:
+        check_same_data(folder, _data_identity(latents), args.override)
     build.transport(config.transport, config.train.fused)
     watch = plan_watch(config, latents)
     if not args.dry_run:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.foundation_choice import check_same_module, foundation_argument, with_foundation
-from vavae_fast.commands.runs import check_run_folder, locked, resume_arguments, run_steps, start_run
+from vavae_fast.commands.runs import check_run_folder, check_same_data, locked, resume_arguments, run_steps, start_run
 from vavae_fast.commands.tokenizer_stages import PlannedStage, plan_stages, run_length
 from vavae_fast.config import TokenizerConfig, accumulation, given_images, given_path, run_folder, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
@@ -70,6 +70,8 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     config = with_foundation(config, args.foundation)
     require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")
     require(config.train.shard == "none", "train.shard", config.train.shard, "none: a tokenizer's weights are not sharded")
+    compiles = config.train.fused or config.train.compile in ("auto", "none")
+    require(compiles, "train.compile", config.train.compile, "auto or none without train.fused=true: the plain tokenizer is not compiled")
     processes = args.world_size or world_size()
     micro, accumulated = accumulation(config.global_batch_size, config.train.micro_batch_size or config.data.params.batch_size, processes)
     folder = run_folder(config, args.config)
@@ -88,6 +90,8 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
         from vavae_fast.commands import build
 
         images = build.images(path, config.image_size, config.data.crop, config.data.backend, config.data.max_corrupt)
+        if resumes:
+            check_same_data(folder, _data_identity(images), args.override)
     from vavae_fast.commands.watch_tokenizer import plan_watch
 
     watch = plan_watch(config, images)
@@ -95,6 +99,11 @@ def plan(config: TokenizerConfig, args) -> TokenizerPlan:
     run_length(config, stages)
     foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run, args.foundation)
     return TokenizerPlan(config, folder, micro, accumulated, processes, stages, resumes, images, foundation, perceptual, watch)
+
+
+def _data_identity(images) -> dict[str, Any]:
+    """What tells one set of images from another."""
+    return dict(folder=images.path, count=len(images), fingerprint=images.fingerprint())
 
 
 def _frozen_weights_given(config: TokenizerConfig) -> None:
@@ -181,7 +190,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     _prepare(state, config, world.device)
     start = resume(state, plan.folder / "checkpoints", world, log)
     log.forget_after(start)
-    facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), images=str(config.image_path),
+    facts = dict(stage="tokenizer", seed=c.global_seed, architecture=build.architecture(config), data=_data_identity(plan.images),
                  image_size=config.image_size, foundation=plan.foundation and plan.foundation.name, processes=world.size)  # fmt: skip
     if world.main:
         start_run(plan.folder, config, facts | dict(device=str(world.device)))
@@ -190,6 +199,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     log.say(f"{model}, {len(plan.images):,} images ({plan.images.backend}), "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     plan.images.device = world.device
+    plan.images.threads = max(1, plan.images.threads // world.local_size)  # of the node's cores
     share = Share(config.global_batch_size, world.rank, world.size, plan.micro_batch)
     said = log.say if world.main else print  # a process that writes no log names the images that it alone met
     stream = ImageStream(plan.images, c.global_seed, share, config.data.flip, config.data.max_corrupt, said)

@@ -99,7 +99,7 @@ def resume(state: State, folder: Path, world: World, log: RunLog) -> int:
     groups, manifest = load_checkpoint(newest, verify=False)
     state.load_groups(groups, str(newest))
     before = manifest.get("processes", world.size)
-    differs = f", with {world.size} processes instead of {before}: the same samples and noise, summed in another order"
+    differs = f", with {world.size} processes instead of {before}: the same samples and noise"
     log.say(f"continues from {newest}{differs if before != world.size else ''}")
     return manifest["step"]
 
