@@ -178,6 +178,7 @@ def run(plan: "ExtractPlan | StatisticsPlan") -> Path:
         if world.main:
             writer.close({number: digest for part in hashes for number, digest in part.items()})
             print(f"extract  {len(plan.images):,} images: {out}")
+        world.barrier()  # until main has closed, a signal to any process ends none
     return out
 
 
