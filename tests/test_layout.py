@@ -14,7 +14,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-BASE = {"config", "parsing", "schema", "tokenizer_schema", "errors", "rng", "artifacts", "distributed", "pixels", ""}
+BASE = {"config", "parsing", "schema", "tokenizer_schema", "errors", "rng", "artifacts", "distributed", "pixels", "torch_files", ""}
 # Room -> the rooms that it may import. commands, experiments, pipeline, cli and __main__ are the top: they may import everything.
 ALLOWED = {
     "base": {"base"},
@@ -87,6 +87,9 @@ def test_no_import_cycles():
 def test_rooms_import_only_what_the_table_allows(name):
     here = room(name)
     if here in TOP:
+        return
+    if name == "vavae_fast":
+        assert IMPORTS[name] == {"vavae_kernels"}, "the package itself imports only the kernels, whose check of torch's version it shares"
         return
     for other in IMPORTS[name]:
         assert room(other) in ALLOWED[here], f"{name} imports {other}: {here} may import {sorted(ALLOWED[here])}"

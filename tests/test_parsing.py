@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vavae_fast.errors import BadInput, require
-from vavae_fast.parsing import MAX_BYTES, MAX_DEPTH, apply_overrides, flatten, parse_yaml, read_yaml, to_dataclass, to_mapping, to_yaml
+from vavae_fast.parsing import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    apply_overrides,
+    flatten,
+    parse_yaml,
+    read_yaml,
+    shipped_configs,
+    to_dataclass,
+    to_mapping,
+    to_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,19 @@ def test_files_over_the_cap_are_not_read(tmp_path):
     path.write_text("a: 1\n" + "#" * MAX_BYTES)
     with pytest.raises(BadInput, match="over 1 MB"):
         read_yaml(path)
+
+
+def test_configs_of_ours_are_found_anywhere(tmp_path, monkeypatch):
+    """As the README names them, where no checkout is the working directory; a file that is there comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml("configs/demo.yaml") == read_yaml(shipped_configs() / "demo.yaml")
+    with pytest.raises(BadInput, match=r"^configs/demmo.yaml: no such config file; did you mean .*demo\.yaml"):
+        read_yaml("configs/demmo.yaml")
+    with pytest.raises(BadInput, match=r"^other/demo.yaml: no such config file"):
+        read_yaml("other/demo.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("mine: 1\n")
+    assert read_yaml("configs/demo.yaml") == {"mine": 1}
 
 
 def test_paths_that_are_no_config(tmp_path):

@@ -53,9 +53,17 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(no
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+def shipped_configs() -> Path:
+    """The folder of our configs: inside the package where a wheel was installed, at the top of the repository in a checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file. `BadInput` names file and line."""
+    """The mapping in a YAML file; where there is none at "configs/NAME.yaml", ours of that name. `BadInput` names file and line."""
     path = Path(path)
+    if path.parent == Path("configs") and not path.exists() and (shipped_configs() / path.name).is_file():
+        path = shipped_configs() / path.name
     try:
         if path.stat().st_size > MAX_BYTES:
             raise BadInput(f"{path}: over {MAX_BYTES // 1_000_000} MB; this is not a config")
@@ -248,8 +256,8 @@ def _did_you_mean(schema: type, key: str, prefix: str) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    names = {file.name: file for file in folder.glob("*.y*ml")} if folder.is_dir() else {}
+    folder = path.parent if path.parent.is_dir() else shipped_configs()
+    names = {file.name: file for file in folder.glob("*.y*ml")}
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
     return f"; did you mean {names[close[0]]}?" if close else ""
 

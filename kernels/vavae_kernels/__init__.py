@@ -1,10 +1,15 @@
 """Fused operators for diffusion transformers and their tokenizers. Needs torch; Triton is imported lazily.
 
 Every operator lives in `ops/<op>.py`: the formula, a reference in plain PyTorch that defines it, and a public function
-that takes `impl="auto" | "triton" | "torch"`. Names load their file when they are first used (PEP 562).
+that takes `impl="auto" | "triton" | "torch"`. Names load their file when they are first used (PEP 562); importing the package does
+nothing but refuse a torch that is too old.
 """
 
 from importlib import import_module
+
+from ._versions import require_torch
+
+require_torch()
 
 _WHERE = {
     "rms_norm": "ops.rms_norm",

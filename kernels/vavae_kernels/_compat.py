@@ -4,12 +4,14 @@ Without Triton every operator file still imports: `jit` then leaves a kernel a p
 `_registry.use_triton` never chooses it.
 """
 
+from ._versions import require_triton
+
+TRITON_VERSION: str | None = None
+INTERPRETED: bool = False  # TRITON_INTERPRET=1 when Triton was imported: kernels run on CPU tensors
+
 try:
     import triton
     import triton.language as tl
-
-    TRITON_VERSION: str | None = triton.__version__
-    INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when Triton was imported: kernels run on CPU tensors
 except ImportError:
 
     class _Absent:
@@ -22,6 +24,9 @@ except ImportError:
             return kernel
 
     triton = tl = _Absent()
-    TRITON_VERSION, INTERPRETED = None, False
+else:
+    TRITON_VERSION = triton.__version__
+    require_triton(TRITON_VERSION)
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 __all__ = ["INTERPRETED", "TRITON_VERSION", "tl", "triton"]

@@ -70,7 +70,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 def test_configs_elsewhere_are_one_line(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--configs", str(tmp_path)]) == 2
-    assert "demo.yaml: no such file" in capsys.readouterr().err
+    assert "demo_tokenizer.yaml: no such config file" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # three arms of every stage, in processes of their own: about 40 s of CPU

@@ -36,7 +36,15 @@ def test_another_package_of_apexs_name_is_not_nvidias(monkeypatch, tmp_path):
     importlib.invalidate_caches()
     line = next(line for line in doctor.report() if line.startswith("apex (NVIDIA)"))
     assert "not NVIDIA's" in line and "apex" not in sys.modules
+    assert any(line.startswith("misfit ") and line.endswith("pip uninstall apex") for line in doctor.report())
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
     (tmp_path / "apex" / "multi_tensor_apply" / "__init__.py").write_text("")
     importlib.invalidate_caches()
     assert any(line.split()[:3] == ["apex", "(NVIDIA)", "present"] for line in doctor.report())
+
+
+def test_packages_that_do_not_fit_are_named_with_their_cure(monkeypatch):
+    assert not any(line.startswith("misfit") for line in doctor.report())
+    monkeypatch.setattr("vavae_kernels._versions.found_version", {"torch": "2.13.0", "torchvision": "0.20.1", "triton": "3.2.0"}.get)
+    misfits = [line for line in doctor.report() if line.startswith("misfit")]
+    assert len(misfits) == 2 and "Triton 3.2.0" in misfits[0] and misfits[1].endswith("pip install 'torchvision==0.28.*'")

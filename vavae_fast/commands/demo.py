@@ -20,8 +20,9 @@ from vavae_fast.commands.demo_stages import (
     train_arm_tokenizer,
 )
 from vavae_fast.config import LightningDiTConfig, TokenizerConfig, load_config
-from vavae_fast.errors import BadInput, require
+from vavae_fast.errors import require
 from vavae_fast.experiments.pool import Done, Task, run_tasks
+from vavae_fast.parsing import shipped_configs
 
 EXAMPLE = "vavae-fast demo --out runs/demo"
 
@@ -29,16 +30,13 @@ EXAMPLE = "vavae-fast demo --out runs/demo"
 def arguments(parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--configs", type=Path, help="folder of demo.yaml and demo_tokenizer.yaml; default: configs/ of the checkout")
+    parser.add_argument("--configs", type=Path, help="folder of demo.yaml and demo_tokenizer.yaml; default: the shipped ones")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs; the numbers mean nothing")
 
 
 def plan(config: None, args) -> DemoPlan:
     """Configs and folder; on a CPU one process a core, up to three, on a GPU one."""
-    configs = args.configs or Path(__file__).parents[2] / "configs"
-    for name in ("demo.yaml", "demo_tokenizer.yaml"):
-        if not (configs / name).is_file():
-            raise BadInput(f"{configs / name}: no such file; run the demo from a checkout, or give its folder with --configs")
+    configs = args.configs or shipped_configs()
     require(args.seed >= 0, "--seed", args.seed, "0 or more")
     tokenizer = load_config(configs / "demo_tokenizer.yaml", kind=TokenizerConfig)
     dit = load_config(configs / "demo.yaml", kind=LightningDiTConfig)

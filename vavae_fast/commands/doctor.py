@@ -63,6 +63,7 @@ def report() -> list[str]:
         lines.append(f"{distribution:<20} {state:<12} {purpose}" + ("" if found else f"; {cure}"))
     lines.append(f"{'apex (NVIDIA)':<20} {_apex():<12} a baseline of the benchmarks, never needed")
     lines.append(f"{'nvcc':<20} {_nvcc()}")
+    lines += [f"{'misfit':<11} {line}" for line in _misfits()]
     lines += ["", "operators   " + _operators(torch)]
     lines += ["ready: " + ("GPU and CPU" if torch.cuda.is_available() else "CPU; no CUDA GPU was found")]
     return lines
@@ -133,3 +134,13 @@ def _apex() -> str:
     if not _found("apex"):
         return "missing"
     return "present" if _found("apex.multi_tensor_apply") else "not NVIDIA's"
+
+
+def _misfits() -> list[str]:
+    """Packages that do not fit each other, a line each."""
+    from vavae_kernels import _versions
+
+    triton = _versions.found_version("triton")
+    apex = "apex is the package index's, another project than NVIDIA's: pip uninstall apex" if _apex() == "not NVIDIA's" else None
+    found = (_versions.triton_misfit(triton) if triton else None, _versions.torchvision_misfit(), apex)
+    return [line for line in found if line]

@@ -10,6 +10,7 @@ from typing import Any
 from vavae_fast import artifacts
 from vavae_fast.errors import BadInput, require
 from vavae_fast.experiments.catalogue import FUTURE_WORK, NAMES, PAPER, SCALES
+from vavae_fast.parsing import shipped_configs
 
 EXAMPLE = "vavae-fast reproduce dilemma --scale demo --dry-run"
 
@@ -26,7 +27,7 @@ def arguments(parser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs; the numbers mean nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="pieces of work side by side; default: one a core, with a GPU one")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="each stage on N GPUs of this machine, by torchrun (default 1)")
-    parser.add_argument("--configs", type=Path, help="folder of the scales' configs; default: configs/ of the checkout")
+    parser.add_argument("--configs", type=Path, help="folder of the scales' configs; default: the shipped ones")
     parser.add_argument("--data", metavar="DIR", help="training images, for scales cifar and imagenet")
     parser.add_argument("--valid", metavar="DIR", help="images that are not trained on, for those scales")
     parser.add_argument("--foundation", action="append", default=[], metavar="NAME=FILE", help="weights of dinov2, mae, sam, clip or timm:<name>")
@@ -81,9 +82,9 @@ def plan(config: None, args) -> ReproducePlan:
             near = difflib.get_close_matches(name, NAMES, n=1)
             raise BadInput(f"NAME: no experiment {name!r}{f', did you mean {near[0]}?' if near else ';'} give all, or some of {', '.join(NAMES)}")
     chosen = list(NAMES) if "all" in args.names else list(dict.fromkeys(args.names))
-    configs = args.configs or Path(__file__).parents[2] / "configs"
+    configs = args.configs or shipped_configs()
     if not configs.is_dir():
-        raise BadInput(f"{configs}: no such folder; run reproduce from a checkout, or give the folder of its configs with --configs")
+        raise BadInput(f"{configs}: no such folder; give the folder of the scale's configs with --configs, or leave it out")
     files = Files(args.data, args.valid, args.inception, args.reference, args.vgg, args.lpips,
                   _pairs(args.foundation, "--foundation"), _pairs(args.published, "--published"))  # fmt: skip
     scale = scales.SCALES[args.scale](configs, files, args.budget, args.quick)

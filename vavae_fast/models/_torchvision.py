@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from vavae_fast.errors import BadInput
+from vavae_kernels._versions import torchvision_misfit
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _declared: list[torch.library.Library] = []  # a Library forgets its operators when it is collected
@@ -32,7 +33,8 @@ def _import_torchvision() -> None:
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             reason = str(error).strip().splitlines()[0][:160]
-            raise BadInput(f"torchvision does not import ({reason}); install the build that fits torch {torch.__version__}") from None
+            cure = torchvision_misfit() or f"install the build that fits torch {torch.__version__}"
+            raise BadInput(f"torchvision does not import ({reason}); {cure}") from None
         _declare("nms", "qnms")
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
