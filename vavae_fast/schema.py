@@ -128,11 +128,14 @@ class TrainConfig:
     keep_every: int | None = None  # and those whose step is a multiple of this
     max_skipped: int = 10  # non-finite steps in a row before the run stops
     max_rollbacks: int = 3  # times that a leap of the loss (a tokenizer's nll) sends the run back before it stops; 0: never
+    max_faint: int = 200  # steps in a row with next to no gradient, and the loss where it was, before the run stops; 0: never
 
     def __post_init__(self):
         for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
+        for key in ("max_rollbacks", "max_faint"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         spread = self.shard != "none"
         require(not spread or self.compile != "model", "compile", self.compile, "blocks, auto or none with train.shard")
         narrow = self.residual_dtype == "bf16"

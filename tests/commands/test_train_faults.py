@@ -75,6 +75,24 @@ def test_a_nan_planted_in_one_latent_names_its_shard_and_row(tiny, out, latents,
     goes_on(tiny, out, latents)
 
 
+def test_a_run_whose_gradients_die_is_stopped_and_one_that_may_goes_on(tiny, out, capsys, monkeypatch):
+    """From step 10 on they are zero, as behind a unit that is off for good; the loss stays."""
+    with monkeypatch.context() as patched:
+        real, steps = dit.average_gradients, []
+
+        def dying(parameters, world):
+            real(parameters, world)
+            steps.append(len(steps))
+            for p in parameters if steps[-1] >= 10 else ():
+                p.grad.zero_()
+
+        patched.setattr(dit, "average_gradients", dying)
+        assert main(["train", *tiny.dit(out, "dit", "train.max_steps=60", "train.max_faint=20")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the 20 steps up to step 30" in said and "no longer learns" in said
+    done("train", *tiny.dit(out, "dit", "train.max_steps=60", "train.max_faint=0"))
+
+
 @pytest.mark.slow  # starts four interpreters
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
 def test_one_process_that_dies_ends_all_and_the_run_goes_on(tiny, out):

@@ -218,7 +218,7 @@ def _state(plan: TrainPlan, world, log):
     return DiTState(
         model=model, optimizer=optimizer, ema_decay=config.train.ema_decay, ema_warmup=config.train.ema_warmup,
         transport=build.transport(t, config.train.fused), world=world,
-        guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks),
+        guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, max_faint=config.train.max_faint),
         seed=config.train.global_seed, settings=o, max_steps=config.train.max_steps,
         bf16=bf16, transport_late=late, late_from=t.lognorm_until or 0,
     )  # fmt: skip

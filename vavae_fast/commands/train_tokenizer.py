@@ -231,7 +231,8 @@ def _state(plan: TokenizerPlan, world, log):
     return TokenizerState(
         autoencoder=autoencoder.train(), projection=projection, discriminator=discriminator.train(), foundation=foundation,
         perceptual=perceptual, optimizer=torch.optim.Adam(trained, **adam), optimizer_disc=torch.optim.Adam(discriminator.parameters(), **adam),
-        stages=tuple(map(_stage, plan.stages)), guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, watches="nll"),
+        stages=tuple(map(_stage, plan.stages)),
+        guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, watches="nll", max_faint=config.train.max_faint),
         world=world, seed=config.train.global_seed, bf16=build.bf16(_precision(config), world.device), reverse_proj=config.model.params.reverse_proj,
         gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
         foundation_stream=torch.cuda.Stream(world.device) if config.train.fused and world.device.type == "cuda" else None,

@@ -1,5 +1,6 @@
 """The guard of a run. A step with a non-finite gradient changes nothing, is counted, and too many in a row end the run; a loss that
-leaps up sends the run back to a checkpoint from before, and past the batches in between (Chowdhery et al. 2022, PaLM, section 5.1)."""
+leaps up sends the run back to a checkpoint from before, and past the batches in between (Chowdhery et al. 2022, PaLM, section 5.1); one
+whose gradients have faded stops (`pulse.py`)."""
 
 import math
 import statistics
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vavae_fast.errors import BadInput
+from vavae_fast.training.pulse import Pulse
 
 WINDOW = 128  # log lines that a loss is compared with
 LEAST = 20  # of them, before it is
@@ -23,25 +25,29 @@ class Guard:
     step count and average as they were, and they divide gradients by `grad_scale`, which is how clipping costs no pass of its own.
     """
 
-    def __init__(self, device: torch.device, max_skipped: int, max_rollbacks: int = 0, watches: str = "loss"):
+    def __init__(self, device: torch.device, max_skipped: int, max_rollbacks: int = 0, watches: str = "loss", max_faint: int = 0):
         """`watches`: the logged value whose leaps count. Not every loss is one: a weight that adapts makes it leap with nothing wrong."""
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.max_skipped, self.max_rollbacks, self.watches = max_skipped, max_rollbacks, watches
         self.losses: list[float] = []  # of the last log lines
+        self.pulse = Pulse(max_faint)
         self.rollbacks, self.passed_over = 0, 0  # how often the run went back; how many steps' batches it left out
 
     def state_dict(self) -> dict[str, Tensor]:
         counts = dict(rollbacks=torch.tensor(self.rollbacks), passed_over=torch.tensor(self.passed_over))
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": torch.tensor(self.losses, dtype=torch.float64), **counts}
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": losses, **counts, **self.pulse.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """What `state_dict` gave; earlier versions knew only the first two."""
+        """What `state_dict` gave; earlier versions knew only the first two, then not the pulse."""
         self.skipped.copy_(state["skipped"])
         self.in_a_row.copy_(state["in_a_row"])
         if "losses" in state:
             self.losses = state["losses"].tolist()
             self.rollbacks, self.passed_over = int(state["rollbacks"]), int(state["passed_over"])
+        if "faint" in state:
+            self.pulse.load_state_dict(state)
 
     def step(self, norms: Mapping[torch.optim.Optimizer, Tensor], max_norm: float | None = None) -> Tensor:
         """Step every optimizer if the L2 norms of their gradients, () tensors, are all finite; the gradients of each are scaled
@@ -69,6 +75,7 @@ class Guard:
     def expect_another_loss(self) -> None:
         """Forget the window: what follows is another distribution of t, or another objective."""
         self.losses = []
+        self.pulse.expect_another_loss()
 
     def went_back(self, before: "Guard", steps: int) -> None:
         """Note that a run whose guard was `before` is `steps` back; this guard came from the checkpoint."""

@@ -6,6 +6,7 @@ the background, SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) answered by a chec
 """
 
 import copy
+import math
 import resource
 import signal
 import time
@@ -156,6 +157,7 @@ def train(
                 log.step(place | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
                 state.guard.check(done, settings.global_batch)
                 watched = values[state.guard.watches]
+                state.guard.pulse.feel(done, done - logged, values.get("grad_norm", math.nan), watched)
                 if state.guard.spiked(watched) and (target := _go_back(state, done, logged, watched, saver, world, log)) is not None:
                     done = logged = target
                     feed.begin(done + state.guard.passed_over)
