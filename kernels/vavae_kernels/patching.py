@@ -8,12 +8,12 @@ LightningDiT, timm) and `patching_diffusers.py`:
     attention                  diffusers' attention processor: attention from three projections, by a backend
     swiglu                     a feed-forward whose first layer gives gate and value, packed
     gate_add_norm_modulate     adaLN blocks: everything between the attention and the feed-forward
-    norm_modulate              adaLN norms that are modules: the last layer, and diffusers' AdaLayerNorm…
+    norm_modulate              adaLN norms that are modules: the last layer, diffusers' AdaLayerNorm…; PixArt's blocks
     rms_norm                   an RMSNorm that stands alone
 
 A module of such a name that differs anywhere is left alone, and the report says why. Patch before `torch.compile` and
 before sharding. Where a code base compiles single forwards (LightningDiT does), the new ones are not compiled: compile
-the patched blocks, `block.compile()`, or the model.
+the patched blocks, `block.compile()` (all of them are one graph), or the model.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from .attention_backends import check_backend
-from .patching_diffusers import DIFFUSERS_FORMS
+from .patching_diffusers import diffusers_form
 from .patching_forms import ALREADY, FORMS, Form
 
 OPERATORS = ("qk_norm_rope_attention", "attention", "swiglu", "gate_add_norm_modulate", "norm_modulate", "rms_norm")
@@ -123,7 +123,7 @@ def _choose(model: nn.Module, wanted: tuple[str, ...]) -> tuple[list[tuple[nn.Mo
 def _form_of(module: nn.Module) -> Form | None:
     cls = type(module)
     in_diffusers = cls.__module__.partition(".")[0] == "diffusers"
-    return (in_diffusers and DIFFUSERS_FORMS.get(cls.__name__)) or FORMS.get(cls.__name__)
+    return (diffusers_form(module) if in_diffusers else None) or FORMS.get(cls.__name__)
 
 
 def _check_all_found(wanted: tuple[str, ...], found: set[str], report: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The forms of diffusers that `patch` knows: DiT's block, the adaLN norms, and the attention processor.
+"""The forms of diffusers that `patch` knows: the blocks of DiT, PixArt and SD3, the adaLN norms, and the attention processor.
 
 diffusers computes attention through processors, so `patch` sets one; `own` is the processor that was there. Its block
 and its norms get a new forward, as in `patching_forms.py`.
@@ -60,16 +60,27 @@ def _why_not_attention(attn: nn.Module) -> str | None:
     return None if attn.inner_kv_dim == attn.inner_dim else "its keys and values have fewer heads than its queries"
 
 
-def _why_not_block(block: nn.Module) -> str | None:
-    return why_not_modulated(block.norm3, "norm3")
+# Blocks
+
+
+def _second_half(x: Tensor, y: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor, gate2: Tensor, norm: nn.Module, ff: nn.Module) -> Tensor:
+    """All that follows the attention y (B, N, D) on the stream x (B, N, D); gates, shift and scale (B, D)."""
+    x, h = gate_add_norm_modulate(x, y, gate1, scale, shift, norm.weight, norm_name(norm), norm.eps)
+    return x + gate2.unsqueeze(1) * ff(h)
 
 
 def _is_another_block(block: nn.Module) -> str | None:
     """BasicTransformerBlock is several blocks in one class."""
-    return None if block.norm_type == "ada_norm_zero" else f"its norm_type is {block.norm_type}, DiT's is ada_norm_zero"
+    if block.norm_type not in NORM_TYPES:
+        return f"its norm_type is {block.norm_type}; {' and '.join(NORM_TYPES)} are known"
+    return "its first attention is a cross-attention" if block.only_cross_attention else None
 
 
-def block_forward(
+def _why_not_dit_block(block: nn.Module) -> str | None:
+    return why_not_modulated(block.norm3, "norm3")
+
+
+def dit_block_forward(
     self: nn.Module,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
@@ -93,11 +104,82 @@ def block_forward(
             class_labels,
             added_cond_kwargs,
         )
-    h, gate1, shift2, scale2, gate2 = self.norm1(hidden_states, timestep, class_labels, hidden_dtype=hidden_states.dtype)
+    h, *modulation = self.norm1(hidden_states, timestep, class_labels, hidden_dtype=hidden_states.dtype)
+    return _second_half(hidden_states, self.attn1(h, attention_mask=attention_mask), *modulation, self.norm3, self.ff)
+
+
+def _why_not_pixart_block(block: nn.Module) -> str | None:
+    return why_not_modulated(block.norm1, "norm1") or why_not_modulated(block.norm2, "norm2")
+
+
+def pixart_block_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: Tensor | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """hidden_states (B, N, D), timestep (B, 6 D): adaLN-single -> (B, N, D). Between its two norms stands a cross-attention."""
+    if cross_attention_kwargs or self._chunk_size is not None or hidden_states.ndim != 3:
+        return type(self).forward(
+            self,
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            timestep,
+            cross_attention_kwargs,
+            class_labels,
+            added_cond_kwargs,
+        )
+    x, one, two = hidden_states, self.norm1, self.norm2
+    modulation = self.scale_shift_table + timestep.reshape(x.shape[0], 6, -1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
+    h = norm_modulate(x, scale1, shift1, one.weight, norm_name(one), one.eps)
     y = self.attn1(h, attention_mask=attention_mask)
-    norm = self.norm3
-    x, h = gate_add_norm_modulate(hidden_states, y, gate1, scale2, shift2, norm.weight, norm_name(norm), norm.eps)
-    return x + gate2.unsqueeze(1) * self.ff(h)
+    if self.attn2 is None:
+        return _second_half(x, y, gate1, shift2, scale2, gate2, two, self.ff)
+    x = x + gate1.unsqueeze(1) * y
+    x = x + self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+    return x + gate2.unsqueeze(1) * self.ff(norm_modulate(x, scale2, shift2, two.weight, norm_name(two), two.eps))
+
+
+def _why_not_joint_block(block: nn.Module) -> str | None:
+    norms = {name: getattr(block, name) for name in ("norm2", "norm2_context")}
+    return next((reason for name, norm in norms.items() if norm is not None and (reason := why_not_modulated(norm, name))), None)
+
+
+def joint_block_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """hidden_states (B, N, D), encoder_hidden_states (B, M, D), temb (B, D) -> both streams, the second one first."""
+    if joint_attention_kwargs or self._chunk_size is not None:
+        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+    h, gate1, shift2, scale2, gate2, *twice = self.norm1(hidden_states, emb=temb)
+    if self.context_pre_only:
+        h_others, others_modulation = self.norm1_context(encoder_hidden_states, temb), None
+    else:
+        h_others, *others_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
+    y, y_others = self.attn(hidden_states=h, encoder_hidden_states=h_others)
+    x = hidden_states
+    if twice:  # SD3.5: the stream attends to itself as well
+        x = x + gate1.unsqueeze(1) * y
+        y, gate1 = self.attn2(hidden_states=twice[0]), twice[1]
+    x = _second_half(x, y, gate1, shift2, scale2, gate2, self.norm2, self.ff)
+    if others_modulation is None:
+        return None, x
+    return _second_half(encoder_hidden_states, y_others, *others_modulation, self.norm2_context, self.ff_context), x
+
+
+# Norms
 
 
 def _why_not_ada_norm(norm: nn.Module) -> str | None:
@@ -138,6 +220,36 @@ def _ada_norm(forward: Callable, optional: tuple[str, ...] = ()) -> Form:
     return Form("norm_modulate", _why_not_ada_norm, forward, ("silu", "linear", "norm"), optional, inside=("norm",))
 
 
+NORM_TYPES: dict[str, Form] = {  # of BasicTransformerBlock -> form
+    "ada_norm_zero": Form(
+        "gate_add_norm_modulate",
+        _why_not_dit_block,
+        dit_block_forward,
+        ("norm1", "attn1", "norm3", "ff"),
+        inside=("norm3",),
+        another=_is_another_block,
+    ),
+    "ada_norm_single": Form(
+        "norm_modulate",
+        _why_not_pixart_block,
+        pixart_block_forward,
+        ("norm1", "attn1", "norm2", "ff"),
+        ("attn2",),
+        inside=("norm1", "norm2"),
+        parameters=("scale_shift_table",),
+        another=_is_another_block,
+    ),
+}
+
+
+def diffusers_form(module: nn.Module) -> Form | None:
+    """The form of a module of diffusers, by the name of its class."""
+    name = type(module).__name__
+    if name == "BasicTransformerBlock":
+        return NORM_TYPES.get(module.norm_type, NORM_TYPES["ada_norm_zero"])
+    return DIFFUSERS_FORMS.get(name)
+
+
 DIFFUSERS_FORMS: dict[str, Form] = {  # class name -> form
     "Attention": Form(
         "attention",
@@ -148,20 +260,19 @@ DIFFUSERS_FORMS: dict[str, Form] = {  # class name -> form
         attribute="processor",
         another=_is_another_attention,
     ),
-    "BasicTransformerBlock": Form(
+    "JointTransformerBlock": Form(
         "gate_add_norm_modulate",
-        _why_not_block,
-        block_forward,
-        ("norm1", "attn1", "norm3", "ff"),
-        inside=("norm3",),
-        another=_is_another_block,
+        _why_not_joint_block,
+        joint_block_forward,
+        ("norm1", "norm1_context", "attn", "norm2", "ff"),
+        ("attn2", "norm2_context", "ff_context"),
+        inside=("norm2", "norm2_context"),
     ),
     "AdaLayerNormZero": _ada_norm(ada_norm_zero_forward, optional=("emb",)),
     "AdaLayerNormZeroSingle": _ada_norm(ada_norm_zero_single_forward),
     "AdaLayerNormContinuous": _ada_norm(ada_norm_continuous_forward),
     "SD35AdaLayerNormZeroX": always_left("norm_modulate", "it modulates one norm twice"),
     "DiTTransformer2DModel": always_left("norm_modulate", "its last norm and modulation are lines of its own forward"),
-    "JointTransformerBlock": always_left("gate_add_norm_modulate", "it carries two streams, and may end without the second"),
     "FluxTransformerBlock": always_left("gate_add_norm_modulate", "it carries two streams and clips them in float16"),
     "FluxSingleTransformerBlock": always_left("gate_add_norm_modulate", "its gate comes after attention and feed-forward, no norm follows"),
     "FluxAttention": always_left("attention", "it joins two streams and rotates by a table of each call"),

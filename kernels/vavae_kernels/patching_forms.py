@@ -1,14 +1,13 @@
 """The forms that `patch` knows: modules of DiT, SiT, REPA, LightningDiT and timm, and the forward each gets instead.
 
 A form names the classes, says why a module of that name is not of the form after all, and gives the new forward, whose
-first argument is the module. It is bound by `functools.partial`, so a patched model can be copied, pickled and compiled.
+first argument is the module: a `Binding` sets it, so a patched model can be copied, pickled and compiled.
 """
 
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +29,26 @@ def no_reason(module: nn.Module) -> None:
     return None
 
 
+class Binding:
+    """`function(module, …, **keywords)`, whose bound `call` becomes the module's forward.
+
+    torch.compile compiles a forward that is a bound method once for all blocks of a model; a `functools.partial` it compiles
+    for each block again, and refuses the ninth. A method bound to the module itself would not be pickled.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable, keywords: dict[str, Any]):
+        self.module, self.function, self.keywords = module, function, keywords
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs, **self.keywords)
+
+
+def bound_function(forward: Any) -> Callable | None:
+    """The function that a `Binding` has made of `forward`; None if it is somebody else's."""
+    owner = getattr(forward, "__self__", None)
+    return owner.function if isinstance(owner, Binding) else None
+
+
 @dataclass(frozen=True)
 class Form:
     """One form of module and the operator that it is given."""
@@ -48,7 +67,7 @@ class Form:
     def why_left(self, module: nn.Module) -> str | None:
         """None if `module` is of this form in every part."""
         if self.attribute == "forward" and "forward" in vars(module):
-            ours = getattr(module.forward, "func", None) is self.forward
+            ours = self.forward is not None and bound_function(module.forward) is self.forward
             return ALREADY if ours else "it already has a forward of its own"
         if self.forward is None:
             return self.why_not(module)
@@ -59,7 +78,7 @@ class Form:
         """What `attribute` is set to."""
         if self.attribute != "forward":
             return self.forward(getattr(module, self.attribute), backend)
-        return partial(self.forward, module, **({"backend": backend} if self.takes_backend else {}))
+        return Binding(module, self.forward, {"backend": backend} if self.takes_backend else {}).call
 
     def _lacking(self, module: nn.Module) -> str | None:
         own = dict(module.named_children())
@@ -82,6 +101,8 @@ class Form:
         """The operator computes what these children compute, without calling them."""
         for name in self.inside:
             child = getattr(module, name)
+            if child is None:
+                continue
             if "forward" in vars(child) or any(getattr(child, hooks) for hooks in HOOKS):
                 return f"its {name} has a hook or a forward of its own, which would not be called"
         return None

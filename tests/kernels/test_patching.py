@@ -484,6 +484,20 @@ def test_a_patched_model_compiles_whole(changes):
         torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
 
 
+def test_all_patched_blocks_are_one_graph():
+    """A graph for each would hit torch.compile's limit at the ninth block."""
+    torch._dynamo.reset()
+    blocks = nn.ModuleList(DiTBlock(lambda: Attention(nn.LayerNorm)) for _ in range(3)).double()
+    x, c = torch.randn(2, N, D, dtype=torch.float64, requires_grad=True), torch.randn(2, D, dtype=torch.float64)
+    expected = blocks[2](blocks[1](blocks[0](x, c), c), c)
+    assert set(patch(blocks).report.values()) == {"fused: gate_add_norm_modulate", "fused: qk_norm_rope_attention"}
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for block in blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(blocks[2](blocks[1](blocks[0](x, c), c), c), expected, rtol=1e-10, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
 def test_a_patched_block_is_recomputed_by_checkpointing():
     model, batch = lightning(use_checkpoint=True).train(), inputs()
     labels = dict(drop_labels=torch.zeros(2, dtype=torch.bool))
@@ -526,6 +540,6 @@ def test_the_report_reads_as_a_summary():
 
 
 def test_every_form_names_an_operator():
-    from vavae_kernels.patching_diffusers import DIFFUSERS_FORMS
+    from vavae_kernels.patching_diffusers import DIFFUSERS_FORMS, NORM_TYPES
 
-    assert {form.op for form in (*patching_forms.FORMS.values(), *DIFFUSERS_FORMS.values())} == set(OPERATORS)
+    assert {form.op for form in (*patching_forms.FORMS.values(), *DIFFUSERS_FORMS.values(), *NORM_TYPES.values())} == set(OPERATORS)

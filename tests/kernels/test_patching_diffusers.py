@@ -14,6 +14,7 @@ from vavae_kernels import attention_backends, patch, patching_diffusers, registe
 import_timm()  # past a torchvision that does not fit the installed torch; diffusers imports it too
 diffusers = pytest.importorskip("diffusers", reason="pip install diffusers: patch() is tested on its models")
 from diffusers.models import attention_processor  # noqa: E402
+from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 
 IN_FP32 = 32 * torch.finfo(torch.float32).eps  # diffusers' RMSNorm takes the mean square in fp32, whatever the dtype
 OF_DIT = ("attention", "gate_add_norm_modulate", "norm_modulate")
@@ -117,17 +118,21 @@ def test_dit_keeps_outputs_gradients_and_keys(ops, changes):
             {"norm_modulate": 2, "attention": 2},
             {"BasicTransformerBlock, its norm3 has a bias": 2, "DiTTransformer2DModel": 1},
         ),
-        (sd3, {"norm_modulate": 5}, {"JointTransformerBlock": 2, "Attention, its processor is JointAttnProcessor2_0, not AttnProcessor2_0": 2}),
+        (
+            sd3,
+            {"norm_modulate": 5, "gate_add_norm_modulate": 2},
+            {"Attention, its processor is JointAttnProcessor2_0, not AttnProcessor2_0": 2},
+        ),
         (
             lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
-            {"norm_modulate": 4, "rms_norm": 10},
-            {"JointTransformerBlock": 2, "SD35AdaLayerNormZeroX": 1, "Attention": 3},
+            {"norm_modulate": 4, "gate_add_norm_modulate": 2, "rms_norm": 10},
+            {"SD35AdaLayerNormZeroX": 1, "Attention": 3},
         ),
         (flux, {"norm_modulate": 4, "rms_norm": 6}, {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1, "FluxAttention": 2}),
         (
             pixart,
-            {"attention": 1},
-            {"BasicTransformerBlock, its norm_type is ada_norm_single, DiT's is ada_norm_zero": 1, "Attention, it is a cross-attention": 1},
+            {"attention": 1, "norm_modulate": 1},
+            {"Attention, it is a cross-attention": 1},
         ),
     ],
     ids=["dit with affine norms", "sd3", "sd3.5", "flux", "pixart"],
@@ -170,6 +175,61 @@ def test_the_operator_is_really_called(op, monkeypatch):
     monkeypatch.setattr(patching_diffusers, op, bomb)
     with pytest.raises(ArithmeticError, match=op):
         model(**INPUTS[dit]())
+
+
+# blocks
+
+
+def block(**changes) -> nn.Module:
+    form = dict(norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6)
+    return filled(BasicTransformerBlock(16, 2, 8, **{**form, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(cross_attention_dim=12), dict(double_self_attention=True)], ids=["latte", "pixart", "two attentions"])
+def test_adaln_single_with_and_without_a_second_attention(changes, monkeypatch):
+    module, others = block(**changes), randn(2, 3, 12) if "cross_attention_dim" in changes else None
+    arguments = dict(hidden_states=randn(2, 5, 16), encoder_hidden_states=others, timestep=randn(2, 96))
+    arguments |= {} if others is None else dict(encoder_attention_mask=randn(2, 1, 3))
+    expected = module(**arguments)
+    assert patch(module, ["norm_modulate"]).report == {"": "fused: norm_modulate"}
+    same([module(**arguments)], [expected])
+    module.set_chunk_feed_forward(5, dim=1)
+    assert torch.equal(module(**arguments), expected)  # in chunks: by its own forward
+    module.set_chunk_feed_forward(None)
+    monkeypatch.setattr(patching_diffusers, "norm_modulate", None)
+    with pytest.raises(TypeError):
+        module(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(norm_type="layer_norm"), "its norm_type is layer_norm; ada_norm_zero and ada_norm_single are known"),
+        (dict(cross_attention_dim=12, only_cross_attention=True), "its first attention is a cross-attention"),
+        (dict(norm_elementwise_affine=True), "its norm1 has a bias"),
+        (dict(positional_embeddings="sinusoidal", num_positional_embeddings=9), "its pos_embed (SinusoidalPositionalEmbedding) is not part"),
+    ],
+)
+def test_a_block_that_differs_is_left(changes, reason):
+    assert patch(block(**changes)).report[""].startswith(f"left: BasicTransformerBlock, {reason}")
+
+
+def test_what_the_joint_block_cannot_do_its_own_forward_does():
+    model, arguments = sd3(), INPUTS[sd3]()
+    for module in model.transformer_blocks:
+        module.set_chunk_feed_forward(2, dim=1)
+    arguments["encoder_hidden_states"] = randn(2, 4, 16)
+    expected = outputs_and_gradients(model, arguments)
+    patch(model)
+    same(outputs_and_gradients(model, arguments), expected)
+
+
+def test_a_hook_inside_of_a_joint_block_keeps_it_as_it_is():
+    model = sd3()
+    model.transformer_blocks[0].norm2_context.register_forward_hook(lambda module, args, out: None)
+    report = patch(model).report
+    assert report["transformer_blocks.0"].endswith("its norm2_context has a hook or a forward of its own, which would not be called")
+    assert report["transformer_blocks.1"] == "fused: gate_add_norm_modulate"
 
 
 # attention
@@ -325,6 +385,19 @@ def test_a_patched_model_compiles_whole():
     expected = outputs_and_gradients(model, arguments)
     patch(model)
     same(outputs_and_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), arguments), expected)
+
+
+def test_all_blocks_of_a_patched_model_are_one_graph():
+    """A graph for each would hit torch.compile's limit at the ninth block."""
+    torch._dynamo.reset()
+    model, arguments = dit(num_layers=3), INPUTS[dit]()
+    expected = outputs_and_gradients(model, arguments)
+    patch(model)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for module in model.transformer_blocks:
+        module.compile(fullgraph=True, backend="aot_eager")
+    same(outputs_and_gradients(model, arguments), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= before + 2  # the first block's input asks for no gradient
 
 
 def test_a_patched_model_saves_and_loads_as_diffusers_does(tmp_path):
