@@ -93,6 +93,9 @@ def require_writable(folder: Path) -> Path:
     return folder
 
 
+SPARE = 1.2  # times what is to be written must be free
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise `BadInput` unless `needed` bytes are free where `folder` lies or will lie."""
     nearest = Path(folder)

@@ -1,5 +1,6 @@
 """What a run says: one JSON object a logged step, a text log, lines that a person reads."""
 
+import errno
 import io
 import json
 import math
@@ -112,3 +113,53 @@ def test_a_terminal_shows_one_line_that_fits(tmp_path, monkeypatch):
     assert progress == [f"run  step {step}/100  loss 0.7423  412 img/s  data 0%  ETA 1 s" for step in (10, 20)]
     assert lines[1:] == ["run  saved", ""]
     assert "ETA" in (tmp_path / "log.txt").read_text(), "the file has whole lines"
+
+
+class FullDisk:
+    """A file that takes `room` bytes and then refuses."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self.file.close()
+
+
+def test_lines_wait_for_room_on_a_full_disk_and_the_run_does_not(tmp_path, capsys):
+    log = RunLog(tmp_path, "run")
+    disk = log.metrics.file = FullDisk(open(tmp_path / "metrics.jsonl", "ab", buffering=0), room=300)
+    log.text.file = FullDisk(open(tmp_path / "log.txt", "ab", buffering=0), room=0)
+    for step in (1, 2, 3):
+        log.step(VALUES | dict(step=step), 80000, 1.0)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 300, "cut within a line"
+    disk.room = log.text.file.room = 1 << 20
+    log.say("there is room")
+    log.values(VALUES | dict(step=4))
+    log.close()
+    assert [values["step"] for values in logged(tmp_path)] == [1, 2, 3, 4]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
+
+
+def test_a_picture_that_finds_no_room_is_said(tmp_path, capsys):
+    log = RunLog(tmp_path, "run")
+    with log.sparing("samples"):
+        raise OSError(errno.ENOSPC, "No space left on device", "samples.png")
+    assert capsys.readouterr().out == "run  samples not written: [Errno 28] No space left on device: 'samples.png'\n"
+
+
+def test_a_screen_that_is_a_file_on_a_full_disk_ends_nothing(tmp_path, monkeypatch):
+    class Screen(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Screen())
+    log = RunLog(tmp_path, "run")
+    log.say("continues")
+    assert "continues" in (tmp_path / "log.txt").read_text()

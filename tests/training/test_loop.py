@@ -1,5 +1,6 @@
 """The loop: means since the last line, checkpoints when due, a signal answered by one, and going on from there."""
 
+import errno
 import json
 import os
 import signal
@@ -7,11 +8,12 @@ from itertools import count, islice
 
 import pytest
 import torch
+from tiny import contents
 
 from vavae_fast.distributed import World
 from vavae_fast.errors import BadInput
-from vavae_fast.training import loop
-from vavae_fast.training.checkpoint import step_folder
+from vavae_fast.training import loop, saver
+from vavae_fast.training.checkpoint import checkpoint_fault, step_folder
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import LoopSettings, Observer, StopSignal, resume, train
@@ -146,6 +148,39 @@ def test_handlers_come_back_after_an_error():
         assert signal.getsignal(signal.SIGTERM) != before
         raise KeyError
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def refusing(monkeypatch, steps):
+    """A disk that is full when the checkpoints of `steps` are to be written."""
+    real = saver.write_tensors
+
+    def write(path, *rest):
+        if int(path.parent.name[5:13]) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, *rest)
+
+    monkeypatch.setattr(saver, "write_tensors", write)
+
+
+def test_a_run_goes_on_without_the_checkpoints_that_found_no_room(tmp_path, monkeypatch):
+    run(tmp_path / "undisturbed", 24)
+    refusing(monkeypatch, {8, 12, 20})
+    state, done = run(tmp_path / "full", 24)
+    assert done == 24 and saved(tmp_path / "full") == [4, 16, 24] and state.steps == list(range(24))
+    said = (tmp_path / "full" / "log.txt").read_text()
+    assert all(f"the checkpoint of step {step} was not saved: " in said for step in (8, 12, 20))
+    assert contents(tmp_path / "full" / "checkpoints" / "step_00000024", "*.safetensors") == contents(
+        tmp_path / "undisturbed" / "checkpoints" / "step_00000024", "*.safetensors"
+    )
+
+
+def test_the_third_checkpoint_in_a_row_that_finds_no_room_ends_the_run(tmp_path, monkeypatch):
+    refusing(monkeypatch, range(8, 100))
+    with pytest.raises(BadInput, match="3 checkpoints in a row could not be saved: .*No space left on device"):
+        run(tmp_path, 100)
+    assert saved(tmp_path) == [4] and checkpoint_fault(tmp_path / "checkpoints" / "step_00000004") is None
+    monkeypatch.undo()
+    assert run(tmp_path, 100)[0].steps == list(range(4, 100)), "with room again it goes on where it was saved"
 
 
 def test_a_damaged_checkpoint_is_stepped_over_and_made_again(tmp_path, capsys):

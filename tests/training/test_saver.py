@@ -250,6 +250,20 @@ def test_three_in_a_row_end_the_run(saver, disk, said):
     assert len(said) == 3
 
 
+def test_processes_that_learn_of_the_third_failure_at_different_steps_end_at_one(saver, disk, said):
+    """`check` says it, and the next `save`, which all call in one step, ends the run."""
+    disk.open.set()
+    disk.fails = [True] * 3
+    for step in (1, 2, 3):
+        assert not saver.check()
+        saver.save(step, groups())
+    saver.job.join()
+    assert saver.check() and saver.check() and len(said) == 3
+    with pytest.raises(BadInput, match="3 checkpoints in a row could not be saved: the disk: full"):
+        saver.save(4, groups())
+    assert disk.calls == 3
+
+
 def test_a_run_may_not_end_well_without_its_last_checkpoint(saver, disk, said):
     disk.open.set()
     disk.fails = [True]

@@ -81,7 +81,7 @@ def plan(config: LightningDiTConfig, args) -> TrainPlan:
         if config.train.fp8:
             require_fp8(device, "train.fp8", "train.fp8=false")
         require(not narrow, "train.residual_dtype", "bf16", "fp32 on a CPU, unless train.precision=bf16")
-        artifacts.require_space(folder, 16 * sum(p.numel() for p in model.parameters()))
+        artifacts.require_space(folder, int(artifacts.SPARE * 16 * sum(p.numel() for p in model.parameters())))
     if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
         _start_weights(config, model)

@@ -137,7 +137,8 @@ def _check_networks(config: TokenizerConfig, folder: Path, resumes: bool, dry_ru
         found = f"data.image_size {config.image_size} leaves no patch for a discriminator of {networks[2].n_layers} layers"
         raise BadInput(f"model.params.lossconfig.params.disc_num_layers: {found}, which needs {networks[2].smallest_image} pixels; lower it")
     if not dry_run:
-        artifacts.require_space(folder, 12 * sum(p.numel() for network in (networks[0], networks[2]) for p in network.parameters()))
+        size = 12 * sum(p.numel() for network in (networks[0], networks[2]) for p in network.parameters())
+        artifacts.require_space(folder, int(artifacts.SPARE * size))
     if config.start_weights and not resumes:
         build.start_tokenizer(Path(config.start_weights), *networks)
     return foundation, perceptual

@@ -130,7 +130,7 @@ def _layers_look(config: LightningDiTConfig, latents: Latents, state: DiTState, 
         with evaluating(state.model), torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
             statistics = {name: values.tolist() for name, values in layer_statistics(state.model, x, t, y).items()}
         if state.world.main:
-            with open(log.folder / "layers.jsonl", "a", encoding="utf-8") as file:
+            with log.sparing("layers.jsonl"), open(log.folder / "layers.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | statistics) + "\n")
         largest = {name: max(values) for name, values in statistics.items()}
         return largest | {"attention_logit_layer": float(statistics["attention_logit"].index(largest["attention_logit"]))}
@@ -165,7 +165,8 @@ def _samples_look(config: LightningDiTConfig, watch: Watch, latents: Latents, st
         with evaluating(state.model), averaged_weights(state.model, state.optimizer.ema_state_dict()):
             drawn = torch.cat(list(_drawn(config, watch.sampler, state, labels, micro_batch)))
         if state.world.main:
-            log.image(step, write_preview(log.folder, step, drawn, pixels, config.sample.per_proc_batch_size))
+            with log.sparing("samples"):
+                log.image(step, write_preview(log.folder, step, drawn, pixels, config.sample.per_proc_batch_size))
         return {}
 
     return look

@@ -175,9 +175,11 @@ def _pictures_look(images: Images, count: int, state: TokenizerState, batch: int
                 pairs.append(torch.stack((made.pixels, to_uint8(made.reconstructions)), dim=1).flatten(0, 1))
                 maps += [] if state.foundation is None else [_similarity(made, state)]
         name, across = f"step_{step:08d}.png", 2 * max(1, round((len(rows) / 2) ** 0.5))
-        log.image(step, write_grid(log.folder / "samples" / name, torch.cat(pairs), across))
+        with log.sparing("reconstructions"):
+            log.image(step, write_grid(log.folder / "samples" / name, torch.cat(pairs), across))
         if maps:
-            log.image(step, write_grid(log.folder / "similarity" / name, torch.cat(maps)[: 3 * _MAPS], 3))
+            with log.sparing("similarity maps"):
+                log.image(step, write_grid(log.folder / "similarity" / name, torch.cat(maps)[: 3 * _MAPS], 3))
         return {}
 
     return look

@@ -5,6 +5,8 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from vavae_fast.training.boards import Board, open_boards
 
 _SPARED_FIRST = ("lr", "mcos", "mdms", "mse", "rec", "valid_psnr", "valid_mse", "data")  # on a narrow terminal
 QUIET_SECONDS = 10.0  # on a screen that is no terminal, at most one progress line in this time
+WAITING_BYTES = 1 << 24  # of lines that a full disk keeps waiting
 
 
 class RunLog:
@@ -26,8 +29,7 @@ class RunLog:
         self.boards: list[Board] = []
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-            self.text = open(folder / "log.txt", "a", encoding="utf-8")
+            self.metrics, self.text = _Lines(folder / "metrics.jsonl"), _Lines(folder / "log.txt")
             self.boards = open_boards(boards, folder, title, config or {})
 
     def forget_after(self, step: int) -> None:
@@ -35,7 +37,7 @@ class RunLog:
         if self.folder is not None:
             self.metrics.close()
             _forget_after(self.folder / "metrics.jsonl", step)
-            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+            self.metrics = _Lines(self.folder / "metrics.jsonl")
         for board in self.boards:
             board.forget_after(step)
 
@@ -44,9 +46,16 @@ class RunLog:
         if self.folder is None:
             return
         self._end_line()
-        print(f"{self.title}  {line}", flush=True)
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        self.text.flush()
+        _show(f"{self.title}  {line}\n")
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
+
+    @contextmanager
+    def sparing(self, what: str) -> Iterator[None]:
+        """What the disk refuses inside is said: a run does not stop for the lack of `what`, which only shows how it goes."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{what} not written: {error}")
 
     def step(self, values: dict[str, float | str], max_steps: int, seconds_left: float) -> None:
         """One logged step: `values` hold `step`, `loss`, `lr`, `images_per_second`, `data_wait` and whatever else."""
@@ -54,16 +63,15 @@ class RunLog:
             return
         self.values(values)
         line = progress_line(values, max_steps, seconds_left)
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        self.text.flush()
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
         now = time.monotonic()
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
             short = f"{self.title}  {progress_line(values, max_steps, seconds_left, width - len(self.title) - 2)}"
-            print(f"\r\033[K{short[:width]}", end="", flush=True)
+            _show(f"\r\033[K{short[:width]}")
             self.open_line = True
         elif now - self.last_line >= QUIET_SECONDS or values["step"] >= max_steps:
-            print(f"{self.title}  {line}", flush=True)
+            _show(f"{self.title}  {line}\n")
             self.last_line = now
 
     def values(self, values: dict[str, float | str]) -> None:
@@ -71,8 +79,7 @@ class RunLog:
         if self.folder is None:
             return
         finite = {k: (v if isinstance(v, str) or math.isfinite(v) else None) for k, v in values.items()}
-        self.metrics.write(json.dumps(finite) + "\n")
-        self.metrics.flush()
+        self.metrics.write(json.dumps(finite))
         for board in self.boards:
             board.scalars(int(values["step"]), {key: value for key, value in values.items() if key != "step" and not isinstance(value, str)})
 
@@ -92,8 +99,37 @@ class RunLog:
 
     def _end_line(self) -> None:
         if self.open_line:
-            print(flush=True)
+            _show("\n")
             self.open_line = False
+
+
+def _show(text: str) -> None:
+    """On the screen; where that is a file on a full disk, without it."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # it stays in the stream's buffer, and comes with a later line
+
+
+class _Lines:
+    """Lines appended to a file, each at once. Those that the disk refuses wait for room, and the run does not wait for them."""
+
+    def __init__(self, path: Path):
+        self.file, self.waiting = open(path, "ab", buffering=0), b""
+
+    def write(self, line: str) -> None:
+        if len(self.waiting) < WAITING_BYTES:
+            self.waiting += line.encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError:
+            pass  # tried again with the next line; the checkpoint that finds no room either is what is said
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def progress_line(values: dict[str, float | str], max_steps: int, seconds_left: float, width: int | None = None) -> str:

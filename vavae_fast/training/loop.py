@@ -165,8 +165,7 @@ def train(
                     continue
                 logged = done
                 meter.restart()
-            stopped = world.any(stop.name is not None)
-            saver.check()
+            stopped = world.any(saver.check() or stop.name is not None)
             if done % settings.ckpt_every == 0 or ends or stopped:
                 saver.save(done, state.groups())
                 if ends or stopped:

@@ -143,7 +143,7 @@ def _together(group: Any, action: Callable[[], Any]) -> list[Any]:
 
 
 def _prepare(final: Path, temporary: Path, size: int) -> None:
-    artifacts.require_space(final.parent, int(1.05 * size) + (1 << 20))
+    artifacts.require_space(final.parent, int(artifacts.SPARE * size) + (1 << 20))
     if final.exists():
         if checkpoint_fault(final) is None:
             raise BadInput(f"{final}: is there already, and whole; a checkpoint is never written over")
@@ -213,7 +213,7 @@ class Saver:
         self.folder, self.world, self.facts, self.keep, self.say = folder, world, facts, keep, say
         self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if world.size > 1 else None
         self.verified: set[Path] = set()
-        self.failures = 0
+        self.failures, self.fault = 0, ""  # in a row, and the last one's line
         self.job: _Job | None = None
 
     def save(self, step: int, groups: Groups) -> None:
@@ -223,10 +223,12 @@ class Saver:
         self.job = _Job(self._write, step, parts, ready())
         self.job.start()
 
-    def check(self) -> None:
-        """Say what became of a save that has ended; costs nothing while it runs."""
+    def check(self) -> bool:
+        """Say what became of a save that has ended; costs nothing while it runs. Whether the run is to end, which the next `save` does:
+        processes may learn of a failure at different steps, and must end at one."""
         if self.job is not None and not self.job.is_alive():
-            self.settle()
+            self._learn()
+        return self.failures >= FAILURES
 
     def rewind(self, step: int) -> Path | None:
         """The newest whole checkpoint of `step` or before; those after it are removed. None, and nothing removed, without one."""
@@ -257,7 +259,12 @@ class Saver:
         return None
 
     def settle(self) -> None:
-        """Wait for the save in flight and say what became of it. `BadInput` after FAILURES in a row."""
+        """Wait for the save in flight and say what became of it. `BadInput` after FAILURES in a row. All processes must call."""
+        self._learn()
+        if self.failures >= FAILURES:
+            raise BadInput(f"{self.folder}: {FAILURES} checkpoints in a row could not be saved: {self.fault}")
+
+    def _learn(self) -> None:
         job, self.job = self.job, None
         if job is None:
             return
@@ -267,10 +274,8 @@ class Saver:
             if job.note is not None:
                 self.say(job.note)
         elif isinstance(job.error, SaveFailed):
-            self.failures += 1
+            self.failures, self.fault = self.failures + 1, str(job.error)
             self.say(f"the checkpoint of step {job.step} was not saved: {job.error}")
-            if self.failures == FAILURES:
-                raise BadInput(f"{self.folder}: {FAILURES} checkpoints in a row could not be saved: {job.error}")
         else:
             raise job.error
 
