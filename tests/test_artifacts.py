@@ -153,6 +153,30 @@ def test_readable_bytes(count, text):
 def test_a_manifest_says_what_made_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["vavae-fast", "train"])
     made = artifacts.manifest("run", seed=3)
-    assert made["kind"] == "run" and made["format"] == 1 and made["seed"] == 3 and made["command"] == ["vavae-fast", "train"]
+    assert made["kind"] == "run" and made["format"] == 2 and made["seed"] == 3 and made["command"] == ["vavae-fast", "train"]
     assert {"vavae_fast", "python"} <= made["versions"].keys()
     json.dumps(made, allow_nan=False)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path):
+    """Or changes nothing: 1e-05 and 1E-05 are the same number."""
+    path = tmp_path / "manifest.json"
+    value = artifacts.manifest("run", step=4, lr=1e-05, files={"a": {"bytes": 3, "sha256": "0f"}})
+    artifacts.write_json(path, value)
+    assert artifacts.read_json(path) == value
+    data, found = path.read_bytes(), 0
+    for bit in range(8 * len(data)):
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        try:
+            assert artifacts.read_json(path) == value
+        except BadInput:
+            found += 1
+    assert 8 * len(data) - found < 10
+
+
+def test_an_earlier_manifest_has_no_seal(tmp_path):
+    (tmp_path / "a.json").write_text('{"kind": "run", "format": 1}')
+    assert artifacts.read_json(tmp_path / "a.json") == {"kind": "run", "format": 1}
+    (tmp_path / "a.json").write_text('{"kind": "run", "format": 2}')
+    with pytest.raises(BadInput, match="a.json: damaged, or edited"):
+        artifacts.read_json(tmp_path / "a.json")

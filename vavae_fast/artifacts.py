@@ -9,8 +9,11 @@ import json
 import os
 import platform
 import shutil
+import struct
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,10 @@ from typing import Any
 
 from vavae_fast import __version__
 from vavae_fast.errors import BadInput
+
+# What zipfile raises on archives that are damaged, encrypted or compressed in ways it does not know.
+ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, OverflowError)
+ZIP_FAULTS += (zipfile.lzma.LZMAError,) if zipfile.lzma else ()  # Python can be built without
 
 
 @contextmanager
@@ -50,21 +57,47 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+FORMAT = 2  # of manifests: since 2 they are sealed
+SEAL = "seal"  # the key of a manifest's own digest in its file
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON; NaN and infinities are refused, because other readers refuse them."""
+    """Indented JSON, a manifest with its seal; NaN and infinities are refused, because other readers refuse them."""
+    if isinstance(value, dict) and value.get("format") == FORMAT:
+        value = sealed(value)
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` and the digest of what JSON gives back of it, so that a flipped bit is found in what no other file vouches for."""
+    return {**value, SEAL: _digest(json.loads(json.dumps(value)))}
+
+
+def seal_is_whole(value: dict[str, Any]) -> bool:
+    """Whether what `sealed` made still is what it was."""
+    return value.get(SEAL) == _digest({key: item for key, item in value.items() if key != SEAL})
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path) -> Any:
-    """`BadInput` names the file when it is missing, a folder, unreadable, not UTF-8 or not JSON."""
+    """The value in a file of JSON, without its seal. `BadInput` names the file when it is missing, a folder, unreadable, not UTF-8, not
+    JSON, or a manifest that is not what was written."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); expected a file of JSON") from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid JSON ({type(error).__name__}); it is damaged, or not ours") from None
+    if isinstance(value, dict) and (SEAL in value or value.get("format") == FORMAT):  # a flipped bit cannot hide both
+        if not seal_is_whole(value):
+            raise BadInput(f"{path}: damaged, or edited: its seal is not that of its content; take it from a copy, or make it again")
+        del value[SEAL]
+    return value
 
 
 def sha256(path: Path) -> str:
@@ -120,4 +153,4 @@ def manifest(kind: str, **facts: Any) -> dict[str, Any]:
     versions = {"vavae_fast": __version__, "python": platform.python_version()}
     if "torch" in sys.modules:
         versions["torch"] = str(sys.modules["torch"].__version__)
-    return {"kind": kind, "format": 1, "command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions, **facts}
+    return {"kind": kind, "format": FORMAT, "command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions, **facts}

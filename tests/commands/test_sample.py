@@ -83,18 +83,35 @@ def test_interrupted_and_continued_it_is_the_same_bytes(tiny, ten, out, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(module, "_assemble", lambda plan, world: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)]) == 130
-    assert files(out) == ["parts/00000000.npy", "parts/00000004.npy", "parts/00000008.npy", "parts/manifest.json"]
-    (out / "parts" / "00000004.npy").unlink()
-    (out / "parts" / "00000004.npy.tmp").write_bytes(b"half")
-    kept = (out / "parts" / "00000000.npy").stat().st_mtime_ns
+    assert files(out) == ["parts/00000000.npz", "parts/00000004.npz", "parts/00000008.npz", "parts/manifest.json"]
+    (out / "parts" / "00000004.npz").unlink()
+    (out / "parts" / "00000004.npz.tmp").write_bytes(b"half")
+    kept = (out / "parts" / "00000000.npz").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(module, "_assemble", lambda plan, world: None)
         drawn_again = main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)])
-    assert drawn_again == 0 and (out / "parts" / "00000000.npy").stat().st_mtime_ns == kept, "what is there is not drawn again"
+    assert drawn_again == 0 and (out / "parts" / "00000000.npz").stat().st_mtime_ns == kept, "what is there is not drawn again"
     done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
     assert files(out) == ["manifest.json", "samples.npz", "samples.png"]
     for a, b in zip(images_of(out), images_of(ten)):
         assert np.array_equal(a, b)
+
+
+def test_a_damaged_part_is_named_and_drawn_again(tiny, ten, out, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_assemble", lambda plan, world: None)
+        done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
+    part = out / "parts" / "00000004.npz"
+    data = bytearray(part.read_bytes())
+    data[600] ^= 1
+    part.write_bytes(data)
+    capsys.readouterr()
+    assert main(["sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "00000004.npz: cannot be read (BadZipFile)" in said and f"remove {part}: the same command draws it again" in said
+    part.unlink()
+    done("sample", *tiny.dit(), "--checkpoint", str(tiny.dit_run), "--out", str(out))
+    assert np.array_equal(images_of(out)[0], images_of(ten)[0])
 
 
 def test_another_draw_into_the_same_folder_is_refused(tiny, ten, out, capsys):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vavae_fast.data import rows
-from vavae_fast.data.rows import END_OF_FILE, NOT_FINITE, Fault, gather_rows
+from vavae_fast.data.rows import DAMAGED, END_OF_FILE, NOT_FINITE, Fault, gather_rows
+from vavae_fast.data.shards import row_sums
 from vavae_kernels._extension import BuildError
 
 SHAPE = (3, 5, 7)
@@ -56,6 +57,25 @@ def test_the_first_row_that_is_not_finite(tmp_path, reader, dtype, value):
     files, offsets = stored(tmp_path, values)
     order = np.array([5, 0, 1, 3, 2, 4])
     assert gather_rows(files[order], offsets[order], order, torch.empty_like(values)) == Fault(4, NOT_FINITE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_flipped_bit_is_found_by_the_rows_checksum(tmp_path, reader, dtype):
+    values = torch.randn(3, *SHAPE).to(dtype)
+    files, offsets = stored(tmp_path, values)
+    sums, order = row_sums(values).numpy(), np.array([2, 0, 1])
+    assert (sums >= 0).all() and (sums < 1 << 32).all()
+    assert gather_rows(files[order], offsets[order], order, torch.empty_like(values), sums[order]) is None
+    bits = 8 * values[0].numel() * dtype.itemsize
+    for bit in np.random.default_rng(0).integers(0, bits, 100):
+        at = int(offsets[1] + bit // 8)
+        byte = os.pread(files[1], 1, at)[0]
+        os.pwrite(files[1], bytes([byte ^ 1 << bit % 8]), at)
+        assert gather_rows(files[order], offsets[order], order, torch.empty_like(values), sums[order]).row == 2
+        if bit % 8 == 0:  # of the fraction: still finite
+            assert gather_rows(files, offsets, np.arange(3), torch.empty_like(values), sums) == Fault(1, DAMAGED)
+            assert gather_rows(files, offsets, np.arange(3), torch.empty_like(values), np.full(3, -1)) is None
+        os.pwrite(files[1], bytes([byte]), at)
 
 
 def test_the_end_of_a_file_and_a_file_that_cannot_be_read(tmp_path, reader):

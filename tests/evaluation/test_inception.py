@@ -131,10 +131,10 @@ def test_errors_name_the_file_and_the_flag(weights, tmp_path):
     with pytest.raises(BadInput, match="absent.pth: no such file.*--inception PATH"):
         load_inception(tmp_path / "absent.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(BadInput, match="text.pth: not a PyTorch state dict"):
+    with pytest.raises(BadInput, match="text.pth: not a PyTorch file"):
         load_inception(tmp_path / "text.pth")
     (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:1_000_000])
-    with pytest.raises(BadInput, match="cut.pth: not a PyTorch state dict"):
+    with pytest.raises(BadInput, match="cut.pth: not a PyTorch file"):
         load_inception(tmp_path / "cut.pth")
     state = torch.load(weights, weights_only=True)
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")

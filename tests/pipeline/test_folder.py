@@ -110,7 +110,7 @@ def test_a_folder_that_is_not_whole(saved, harm, words):
 def test_a_manifest_whose_files_are_no_files(saved):
     manifest = artifacts.read_json(saved / "manifest.json")
     for facts in ({}, None, "x"):
-        (saved / "manifest.json").write_text(json.dumps(manifest | dict(files=dict.fromkeys(manifest["files"], facts))))
+        artifacts.write_json(saved / "manifest.json", manifest | dict(files=dict.fromkeys(manifest["files"], facts)))
         with pytest.raises(BadInput, match="manifest.json: not a pipeline's manifest, or damaged"):
             loaded(saved)
 
@@ -122,7 +122,7 @@ def test_a_config_of_a_later_version_says_so(saved):
     manifest = artifacts.read_json(saved / "manifest.json")
     manifest["files"]["config.json"] = dict(bytes=(saved / "config.json").stat().st_size, sha256=artifacts.sha256(saved / "config.json"))
     manifest["versions"]["vavae_fast"] = "9.9"
-    (saved / "manifest.json").write_text(json.dumps(manifest))
+    artifacts.write_json(saved / "manifest.json", manifest)
     with pytest.raises(BadInput, match="config.json: unknown key sample.unheard_of.*; it was written by vavae-fast 9.9"):
         loaded(saved)
 

@@ -1,6 +1,5 @@
 """What `analyze` reads, measures and draws."""
 
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vavae_fast.evaluation.uniformity import (
     summary,
 )
 from vavae_fast.pixels import image_grid, to_unit
+from vavae_fast.torch_files import read_torch
 from vavae_fast.training.heldout import spread_rows
 from vavae_fast.training.log import readable_time
 from vavae_fast.training.previews import write_grid
@@ -34,7 +34,6 @@ from vavae_fast.training.previews import write_grid
 _ROWS = 256  # latents read at a time
 _BINS, _REACH = 33, 4.0  # of a channel's histogram, over standard deviations
 _MAPS_BATCH = 8
-_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,7 @@ def _of_shards(folder: Path, count: int, seed: int) -> Tokens:
 def _read_rows(path: Path) -> Tensor:
     """The tensor (N, D) in a .pt or .safetensors file; `BadInput` names the file and what it holds instead."""
     wanted = "expected a tensor (N, D) of finite numbers"
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                if "latents" not in file.keys():
-                    raise BadInput(f"{path}: holds {', '.join(sorted(file.keys())[:5]) or 'nothing'}, no latents; {wanted} under that name")
-                rows = file.get_tensor("latents")
-        else:
-            rows = torch.load(path, map_location="cpu", weights_only=True)
-    except BadInput:
-        raise
-    except (SafetensorError, *_LOAD_ERRORS) as error:
-        raise BadInput(f"{path}: not a readable file of a tensor ({type(error).__name__}); {wanted} in .pt or .safetensors") from None
+    rows = _from_safetensors(path, wanted) if path.suffix == ".safetensors" else read_torch(path, f"{wanted} in .pt or .safetensors")
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
         found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         hint = "; of shards give the folder" if isinstance(rows, Tensor) and rows.ndim == 4 else ""
@@ -104,6 +92,16 @@ def _read_rows(path: Path) -> Tensor:
     if not torch.isfinite(rows).all():
         raise BadInput(f"{path}: {int((~torch.isfinite(rows)).sum())} values are NaN or infinite; {wanted}")
     return rows
+
+
+def _from_safetensors(path: Path, wanted: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "latents" not in file.keys():
+                raise BadInput(f"{path}: holds {', '.join(sorted(file.keys())[:5]) or 'nothing'}, no latents; {wanted} under that name")
+            return file.get_tensor("latents")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a readable file of a tensor ({type(error).__name__}); {wanted} in .pt or .safetensors") from None
 
 
 def measure(tokens: Tokens, seed: int, repeats: int, say: Callable[[str], None]) -> tuple[dict[str, Any], Embedding | None]:

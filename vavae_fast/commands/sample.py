@@ -164,7 +164,7 @@ def _finish(plan: SamplePlan) -> None:
 
 
 def _part(plan: SamplePlan, first: int) -> Path:
-    return plan.out / "parts" / f"{first:08d}.npy"
+    return plan.out / "parts" / f"{first:08d}.npz"
 
 
 def _draw_share(plan: SamplePlan, world) -> None:
@@ -227,16 +227,31 @@ def _write_part(plan: SamplePlan, first: int, images: Any) -> int:
     if plan.png:
         _write_pngs(plan, first, images)
     with artifacts.replacing(_part(plan, first)) as temporary, open(temporary, "wb") as file:
-        np.save(file, images)
+        np.savez(file, images)  # its archive has a checksum
     return len(images)
 
 
 def _batches(plan: SamplePlan) -> Iterator[tuple[int, Any]]:
     """(index of the first, images) of each part."""
-    import numpy as np
+    from vavae_fast.evaluation import NpzImages
 
-    for first in range(0, plan.num, plan.config.sample.per_proc_batch_size):
-        yield first, np.load(_part(plan, first), allow_pickle=False)
+    size, pixels = plan.config.sample.per_proc_batch_size, plan.config.data.image_size
+    for first in range(0, plan.num, size):
+        path, count = _part(plan, first), min(size, plan.num - first)
+        try:
+            images = _array_of(NpzImages(path, count), (count, pixels, pixels, 3))
+        except BadInput as error:
+            raise BadInput(f"{str(error).rpartition(';')[0]}; remove {path}: the same command draws it again") from None
+        yield first, images
+
+
+def _array_of(images: Any, shape: tuple[int, ...]) -> Any:
+    """`NpzImages` of a shape that is known -> uint8 array (N, H, W, 3)."""
+    import torch
+
+    if images.shape != shape:
+        raise BadInput(f"{images.path}: images {images.shape}, expected {shape}; it is another draw's")
+    return torch.cat(list(images)).permute(0, 2, 3, 1).numpy()
 
 
 def _assemble(plan: SamplePlan, world) -> None:

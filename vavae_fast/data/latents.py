@@ -5,9 +5,6 @@ No memory map: a file that is cut short under a map kills the process, under `pr
 
 import io
 import os
-import pickle
-import struct
-import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,16 +17,14 @@ from torch import Tensor
 
 from vavae_fast.artifacts import read_json, replacing
 from vavae_fast.data.order import checked_indices, to_array
-from vavae_fast.data.rows import END_OF_FILE, NOT_FINITE, gather_rows
+from vavae_fast.data.rows import DAMAGED, END_OF_FILE, NOT_FINITE, gather_rows
 from vavae_fast.data.shards import STATISTICS, Moments, Shard, read_labels, read_shard
 from vavae_fast.errors import BadInput
+from vavae_fast.torch_files import read_torch
 
 MANIFEST = "manifest.json"
 _MAX_STATISTICS = 1 << 20  # bytes of latents_stats.pt; the reference's has about 2,000
 _ROWS_AT_ONCE = 256  # of the statistics pass
-# What torch.load raises on damaged bytes and on pickles that it refuses.
-_TORCH_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError)
-_TORCH_LOAD_ERRORS += (struct.error, AssertionError, OverflowError)
 
 
 def open_latents(folder: str | Path) -> "Latents":
@@ -66,6 +61,7 @@ class ShardStore:
         self.labels = torch.from_numpy(labels)
         self.has_std = shards[0].std_offsets is not None
         self._offsets = np.array([(*shard.offsets, *(shard.std_offsets or ())) for shard in shards], np.int64)
+        self._sums = _sums(shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -84,7 +80,8 @@ class ShardStore:
         order = np.lexsort((offsets, shard_of))
         for number in np.unique(shard_of):
             self._check_unchanged(self.shards[number], self._files[number])
-        fault = gather_rows(self._descriptors[shard_of[order]], offsets[order], order, out)
+        sums = None if self._sums is None else self._sums[tensor, indices].astype(np.int64)[order]
+        fault = gather_rows(self._descriptors[shard_of[order]], offsets[order], order, out, sums)
         if fault is not None:
             place = order[fault.row]
             self._refuse(fault.cause, self.shards[shard_of[place]].path, int(indices[place] - self._starts[shard_of[place]]))
@@ -97,6 +94,8 @@ class ShardStore:
     def _refuse(self, cause: int, path: Path, row: int) -> None:
         if cause == NOT_FINITE:
             raise BadInput(f"{path}: NaN or infinity in row {row}; extract the shard again")
+        if cause == DAMAGED:
+            raise BadInput(f"{path}: damaged: row {row} has another checksum than was written; fetch the shard or extract it again")
         if cause == END_OF_FILE:
             raise BadInput(f"{path}: cut short while it was open; fetch or extract it again")
         raise BadInput(f"{path}: row {row} cannot be read ({os.strerror(cause)}); look after the disk, or fetch the shard again")
@@ -185,6 +184,14 @@ def open_store(folder: Path) -> ShardStore:
     return store
 
 
+def _sums(shards: list[Shard]) -> np.ndarray | None:
+    """(tensors, N): the rows' checksums, 10 MB of ImageNet's latents; -1 of shards that have none, None where no shard has any."""
+    if all(shard.sums is None for shard in shards):
+        return None
+    tensors = 4 if shards[0].std_offsets else 2
+    return np.concatenate([np.full((tensors, s.rows), -1, np.int64) if s.sums is None else s.sums for s in shards], axis=1)
+
+
 def _check_together(folder: Path, shards: list[Shard], manifest: dict[str, Any] | None) -> None:
     first = shards[0]
     for shard in shards:
@@ -225,12 +232,7 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     cure = f"compute it again: vavae-fast extract --stats-only --out {path.parent}"
     if path.stat().st_size > _MAX_STATISTICS:
         raise BadInput(f"{path}: {path.stat().st_size} bytes are too many for two vectors; {cure}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of foreign protocols, which are checked below or end in an error
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except _TORCH_LOAD_ERRORS as error:
-        raise BadInput(f"{path}: not a readable statistics file ({type(error).__name__}); {cure}") from None
+    value = read_torch(path, cure)
     pair = [value.get(key) if isinstance(value, dict) else None for key in ("mean", "std")]
     shape = (1, channels, 1, 1)
     if not all(isinstance(part, Tensor) and part.is_floating_point() and tuple(part.shape) == shape for part in pair):

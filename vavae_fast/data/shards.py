@@ -5,14 +5,17 @@ them, the reference's among them, read the means.
 
 The header is read and written by hand: reading 8 bytes and a little JSON opens ImageNet's shards in milliseconds, and our
 own data begin on a 4 KiB border (padding with spaces is part of the format). Payloads are never touched here, except
-labels. Ours carry, in `__metadata__`, what made them and the exact sums that the statistics are made of.
+labels. Ours carry, in `__metadata__`, what made them, the exact sums that the statistics are made of, and a checksum of every row,
+which whoever reads the row compares: to hash ImageNet's shards whole, before a run begins, would take minutes.
 """
 
+import base64
 import json
 import math
 import os
 import struct
 import sys
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vavae_fast.artifacts import SEAL, seal_is_whole, sealed
 from vavae_fast.errors import BadInput
 
 KEYS = ("latents", "latents_flip", "labels")
@@ -30,6 +34,7 @@ STATISTICS = "latents_stats.pt"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OURS = "vavae_fast"  # the key of our JSON in __metadata__
+_SUMS, _LABEL_SUM = "row_sums", "label_sum"  # in our JSON: base64 of (tensors, rows) uint32; zlib.crc32
 _LABELS = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 _PAGE = 4096
@@ -50,6 +55,8 @@ class Shard:
     identity: tuple[int, int]  # size, mtime in ns
     ours: dict[str, Any] | None
     std_offsets: tuple[int, int] | None = None  # of latents_std and latents_flip_std, where the shard has them
+    sums: np.ndarray | None = None  # (tensors, rows) uint32: the `row_sums` of latents, latents_flip and their stds
+    label_sum: int | None = None  # zlib.crc32 of the labels
 
     @property
     def row_bytes(self) -> int:
@@ -78,9 +85,11 @@ def read_shard(path: Path, file: BinaryIO) -> Shard:
     if 0 in shape:
         raise BadInput(f"{path}: latents of shape {shape} are empty; remove the shard, or extract again")
     begins = {key: start + span[0] for key, span in spans.items()}
+    ours = _ours(path, metadata)
     return Shard(
         path, shape[0], shape[1:], DTYPES[name], (begins["latents"], begins["latents_flip"]), begins["labels"], _LABELS[label_name],
-        (status.st_size, status.st_mtime_ns), _ours(path, metadata), (begins[STD_KEYS[0]], begins[STD_KEYS[1]]) if has_std else None,
+        (status.st_size, status.st_mtime_ns), ours, (begins[STD_KEYS[0]], begins[STD_KEYS[1]]) if has_std else None,
+        *_checksums(path, ours, 4 if has_std else 2, shape[0]),
     )  # fmt: skip
 
 
@@ -141,9 +150,31 @@ def _ours(path: Path, metadata: Any) -> dict[str, Any] | None:
     if OURS not in metadata:
         return None
     try:
-        return dict(json.loads(metadata[OURS]))
+        ours = dict(json.loads(metadata[OURS]))
     except (ValueError, TypeError, RecursionError):
         raise BadInput(f"{path}: damaged vavae_fast metadata; extract it again") from None
+    if (SEAL in ours or _SUMS in ours) and not seal_is_whole(ours):  # shards of earlier versions have neither
+        raise BadInput(f"{path}: damaged vavae_fast metadata: its seal is not that of its content; extract it again")
+    return ours
+
+
+def _checksums(path: Path, ours: dict[str, Any] | None, tensors: int, rows: int) -> tuple[np.ndarray | None, int | None]:
+    """`Shard.sums` and `Shard.label_sum`; None for a shard that has none: the reference's, or an earlier version's."""
+    if ours is None or _SUMS not in ours:
+        return None, None
+    sums = np.frombuffer(base64.b64decode(ours.pop(_SUMS)), "<u4")
+    if sums.size != tensors * rows:
+        raise BadInput(f"{path}: has {sums.size} checksums for {tensors} x {rows} rows; extract it again")
+    return sums.reshape(tensors, rows), ours[_LABEL_SUM]
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """(N, ...) of 2 or 4 bytes a value -> (N,) int64 in [0, 2**32): the sum of a row's values as integers, modulo 2**32.
+
+    One flipped bit moves it by a power of two. csrc/latent_rows.cpp adds up the same while the row is in the cache.
+    """
+    words = values.contiguous().view(torch.int32 if values.dtype.itemsize == 4 else torch.int16)
+    return words.flatten(1).sum(dim=1, dtype=torch.int64) & 0xFFFFFFFF
 
 
 def read_labels(shard: Shard, file: BinaryIO) -> np.ndarray:
@@ -151,6 +182,8 @@ def read_labels(shard: Shard, file: BinaryIO) -> np.ndarray:
     data = os.pread(file.fileno(), shard.rows * shard.label_dtype.itemsize, shard.label_offset)
     if len(data) != shard.rows * shard.label_dtype.itemsize:
         raise BadInput(f"{shard.path}: cut short inside its labels; fetch or extract it again")
+    if shard.label_sum is not None and zlib.crc32(data) != shard.label_sum:
+        raise BadInput(f"{shard.path}: damaged: its labels have another checksum than was written; fetch or extract it again")
     labels = np.frombuffer(data, shard.label_dtype).astype(np.int64)
     if labels.min() < 0:
         row = int(labels.argmin())
@@ -166,7 +199,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, std: bool, ours: dict[str, Any]):
         self.path, self.rows, self.done, self.moments = path, rows, 0, Moments.none(shape[0])
-        self._ours = ours
+        self._ours, self._label_sum = ours, 0
         row = {key: (NAMES[dtype], shape, dtype.itemsize * math.prod(shape)) for key in KEYS[:2] + (STD_KEYS if std else ())}
         row["labels"] = ("I64", (), 8)
         self._header, self._offsets, self._row_bytes, end = {"__metadata__": {"total_size": str(rows), "dtype": str(dtype)}}, {}, {}, 0
@@ -174,7 +207,8 @@ class ShardWriter:
             begin, end = end, end + rows * row_bytes
             self._header[key] = {"dtype": name, "shape": [rows, *tail], "data_offsets": [begin, end]}
             self._offsets[key], self._row_bytes[key] = begin, row_bytes
-        self._start = 8 + len(self._text(Moments.longest(shape[0])))
+        self._sums = {key: np.zeros(rows, "<u4") for key in self._offsets if key != "labels"}
+        self._start = 8 + len(self._text(Moments.longest(shape[0]), 1 << 32))
         self._start += -self._start % _PAGE
         self._file = open(path, "wb", buffering=0)
 
@@ -187,6 +221,9 @@ class ShardWriter:
     def append(self, block: Mapping[str, Tensor]) -> None:
         """The next rows of every tensor, contiguous, on the CPU, in their dtype. The sums are merged once a block."""
         self.moments = self.moments + Moments.of(block["latents"], block.get("latents_std"))
+        self._label_sum = zlib.crc32(block["labels"].numpy(), self._label_sum)
+        for key, sums in self._sums.items():
+            sums[self.done : self.done + len(block[key])] = row_sums(block[key]).numpy()
         for key, offset in self._offsets.items():
             data = memoryview(block[key].view(torch.uint8).numpy()).cast("B")
             self._write(data, self._start + offset + self.done * self._row_bytes[key])
@@ -195,11 +232,13 @@ class ShardWriter:
 
     def finish(self) -> None:
         """The header, once all rows are there."""
-        text = self._text(self.moments)
+        text = self._text(self.moments, self._label_sum)
         self._write(memoryview(struct.pack("<Q", self._start - 8) + text.ljust(self._start - 8)), 0)
 
-    def _text(self, moments: "Moments") -> bytes:
-        metadata = self._header["__metadata__"] | {OURS: json.dumps(self._ours | {"moments": moments.to_json()}, sort_keys=True)}
+    def _text(self, moments: "Moments", label_sum: int) -> bytes:
+        sums = base64.b64encode(np.stack(list(self._sums.values())).tobytes()).decode("ascii")
+        ours = sealed(self._ours | {"moments": moments.to_json(), _SUMS: sums, _LABEL_SUM: label_sum})
+        metadata = self._header["__metadata__"] | {OURS: json.dumps(ours, sort_keys=True)}
         return json.dumps(self._header | {"__metadata__": metadata}).encode()
 
     def _write(self, data: memoryview, offset: int) -> None:

@@ -5,7 +5,6 @@ torchvision's network in four places: 1,008 classes, average pools that do not c
 last block, and TensorFlow 1's bilinear resize. Weights come from a local file, never from the network.
 """
 
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from vavae_fast import artifacts
 from vavae_fast.errors import BadInput
+from vavae_fast.torch_files import read_torch
 
 KNOWN_FILE = "pt_inception-2015-12-05-6726825d.pth"
 KNOWN_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -44,10 +44,7 @@ def load_inception(path: Path | str | None, device: torch.device | str = "cpu") 
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file, so there are no Inception weights; {cure}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: not a PyTorch state dict ({type(error).__name__}); {cure}") from None
+    state = read_torch(path, cure)
     network = Inception()
     wanted, found = _shapes(network.state_dict()), _shapes(state) if isinstance(state, dict) else {}
     wrong = sorted(wanted.items() ^ found.items())

@@ -4,8 +4,9 @@ Reference: mu, sigma of pool_3, mu_s, sigma_s of the spatial features, arr_0 ima
 `VIRTUAL_imagenet256_labeled.npz`. Samples: arr_0, uint8 (N, H, W, 3). Nothing here unpickles.
 """
 
+import io
+import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor
 
 from vavae_fast import artifacts
+from vavae_fast.artifacts import ZIP_FAULTS
 from vavae_fast.errors import BadInput
 from vavae_fast.evaluation.inputs import Array
 
 _MOMENTS = (("mu", "sigma"), ("mu_s", "sigma_s"))
+_MAX_FEATURES = 8192  # of moments; their covariance is 512 MB
+_MAX_PIXELS = 64_000_000  # of an image, as of image files
+_MAX_BATCH = 1 << 28  # bytes of images that are read together
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,18 @@ def load_reference(path: Path | str, batch_size: int = 64) -> ReferenceStatistic
     `BadInput` names the file when it is missing, damaged, holds neither, or holds moments of wrong shape or with NaN.
     """
     path = Path(path)
-    with _reading(path), np.load(_npz(path), allow_pickle=False) as file:
-        names = set(file.files)
-        moments = {name: file[name] for pair in _MOMENTS for name in pair if name in names}
-    for mu, sigma in _MOMENTS:
-        if (mu in names) != (sigma in names):
-            raise BadInput(f"{path}: holds only one of {mu} and {sigma}; make the statistics again")
-        if mu in names:
-            _require_moments(path, mu, moments[mu], sigma, moments[sigma])
+    moments: dict[str, np.ndarray] = {}
+    with _reading(path), zipfile.ZipFile(_npz(path)) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        for mu, sigma in _MOMENTS:
+            if (mu in names) != (sigma in names):
+                raise BadInput(f"{path}: holds only one of {mu} and {sigma}; make the statistics again")
+            if mu in names:
+                _require_shapes(path, mu, _header(archive, mu), sigma, _header(archive, sigma))
+                moments |= {name: _read_array(archive, name) for name in (mu, sigma)}
+    for name, values in moments.items():
+        if not np.isfinite(values).all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity; make the statistics again")
     if "mu" not in names and "arr_0" not in names:
         raise BadInput(f"{path}: holds {', '.join(sorted(names)) or 'nothing'}; a reference needs mu and sigma, or arr_0 with images")
     images = NpzImages(path, batch_size) if "arr_0" in names else None
@@ -70,12 +79,14 @@ class NpzImages:
 
     def __init__(self, path: Path | str, batch_size: int = 64):
         self.path, self.batch_size = Path(path), batch_size
-        with _reading(self.path), self._member() as (_, shape, fortran, dtype):
-            pass
+        with _reading(self.path), zipfile.ZipFile(_npz(self.path)) as archive:
+            shape, fortran, dtype = _header(archive, "arr_0")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise BadInput(f"{self.path}: arr_0 is {dtype} {shape}{' in Fortran order' * fortran}; images are uint8 (N, H, W, 3)")
         if 0 in shape:
             raise BadInput(f"{self.path}: arr_0 has shape {shape}, it holds no images")
+        if shape[1] * shape[2] > _MAX_PIXELS:
+            raise BadInput(f"{self.path}: images of {shape[1]} x {shape[2]} pixels, at most {_MAX_PIXELS // 10**6} million are read; shrink them")
         self.shape = shape
 
     def __len__(self) -> int:
@@ -84,21 +95,36 @@ class NpzImages:
     def __iter__(self) -> Iterator[Tensor]:
         count, height, width, channels = self.shape
         image_bytes = height * width * channels
-        with _reading(self.path), self._member() as (file, *_):
-            for start in range(0, count, self.batch_size):
-                n = min(self.batch_size, count - start)
+        together = max(1, min(self.batch_size, _MAX_BATCH // image_bytes))
+        with _reading(self.path), zipfile.ZipFile(_npz(self.path)) as archive, archive.open("arr_0.npy") as file:
+            _read_header(file)
+            for start in range(0, count, together):
+                n = min(together, count - start)
                 data = file.read(n * image_bytes)
                 if len(data) != n * image_bytes:
                     raise EOFError
                 yield torch.frombuffer(bytearray(data), dtype=torch.uint8).view(n, height, width, channels).permute(0, 3, 1, 2)
 
-    @contextmanager
-    def _member(self):
-        """The open array file behind its header, and the header: shape, Fortran order, dtype."""
-        with zipfile.ZipFile(_npz(self.path)) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            yield file, *read(file)
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an array; unless it is a pickle, it fills its file: of less the checksum at the end is never met."""
+    size = archive.getinfo(f"{name}.npy").file_size
+    with archive.open(f"{name}.npy") as file:
+        shape, fortran, dtype = _read_header(file)
+        if not dtype.hasobject and (min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize != size):
+            raise ValueError(f"{name} of shape {shape} does not fill its {size} bytes")
+    return shape, fortran, dtype
+
+
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """The whole array, its checksum met."""
+    return np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
 
 def _npz(path: Path) -> Path:
@@ -114,19 +140,18 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what the zip and npy readers raise on damaged files into one line about `path`."""
     try:
         yield
+    except BadInput:
+        raise
     except KeyError:
         raise BadInput(f"{path}: holds no arr_0; images are stored under that name, uint8 (N, H, W, 3)") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise BadInput(f"{path}: cannot be read ({type(error).__name__}); if it is damaged or cut short, copy it again") from None
-    except ValueError as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path}: not a readable .npz: {str(error).splitlines()[0]}") from None
+    except (*ZIP_FAULTS, RecursionError, MemoryError) as error:  # the last two: of a header that is no header
+        reason = (str(error).splitlines() or [""])[0] if type(error) is ValueError else type(error).__name__
+        raise BadInput(f"{path}: cannot be read ({reason}); if it is damaged or cut short, copy it again") from None
 
 
-def _require_moments(path: Path, mu_name: str, mu: np.ndarray, sigma_name: str, sigma: np.ndarray) -> None:
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-        found = f"{mu_name} {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} {sigma.shape}"
-        raise BadInput(f"{path}: holds {found}; expected float (D,) and (D, D)")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise BadInput(f"{path}: {mu_name} or {sigma_name} holds NaN or infinity; make the statistics again")
+def _require_shapes(path: Path, mu_name: str, mu: tuple, sigma_name: str, sigma: tuple) -> None:
+    """mu, sigma: what `_header` says of them."""
+    (mu_shape, _, mu_dtype), (sigma_shape, _, sigma_dtype) = mu, sigma
+    if len(mu_shape) != 1 or sigma_shape != mu_shape * 2 or mu_dtype.kind != "f" or sigma_dtype.kind != "f" or mu_shape[0] > _MAX_FEATURES:
+        found = f"{mu_name} {mu_dtype} {mu_shape} and {sigma_name} {sigma_dtype} {sigma_shape}"
+        raise BadInput(f"{path}: holds {found}; expected float (D,) and (D, D), D at most {_MAX_FEATURES:,}")

@@ -5,12 +5,7 @@
     load_autoencoder    a released VA-VAE, a training checkpoint or our own export -> AutoencoderKL
 """
 
-import argparse
 import logging
-import pickle
-import struct
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 
 from vavae_fast.errors import BadInput
 from vavae_fast.models.autoencoder import AutoencoderKL
+from vavae_fast.torch_files import read_torch
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +25,6 @@ logger = logging.getLogger(__name__)
 _WRAPPERS = ("module.", "_orig_mod.")
 # Where checkpoints keep the state dict, when it is not the file itself.
 _CONTAINERS = ("state_dict", "model", "ema")
-# What PyTorch's restricted unpickler and zip reader raise on bytes that are damaged or were never theirs.
-_DAMAGED = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError,
-            ImportError, MemoryError, struct.error, zipfile.BadZipFile)  # fmt: skip
 # Keys of a VA-VAE training checkpoint that are not the autoencoder.
 _TRAINING_ONLY = ("foundation_model.", "loss.", "linear_proj.")
 # Shapes that say in the config's words what differs: key -> (dimension, what it counts, config key).
@@ -53,7 +46,7 @@ def read_state_dict(path: str | Path, prefer: str | tuple[str, ...] = "model") -
     """
     path = Path(path)
     _require_checkpoint(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     return _without_wrappers(_state_dict_in(content, (prefer,) if isinstance(prefer, str) else prefer, path), path)
 
 
@@ -80,63 +73,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: not a safetensors file, or damaged ({_first_line(error)}); fetch it again") from None
 
 
-def _read_torch(path: Path) -> Any:
-    members = _zip_members(path)
-    if members is not None:
-        _require_torch_zip(members, path)
-    try:
-        # Namespace: checkpoints of the DiT family carry their command line; it is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of foreign protocols, which end in an error all the same
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=members is not None)
-    except pickle.UnpicklingError as error:
-        if name := _refused_name(error):
-            cure = "where you trust it, save its tensors alone: safetensors.torch.save_file(state_dict, ...)"
-            raise BadInput(f"{path}: refused, it holds Python objects that could run code ({name}); {cure}") from None
-        raise _damaged(path, error) from None
-    except _DAMAGED as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> BadInput:
-    return BadInput(f"{path}: not a PyTorch file, or damaged ({_first_line(error)}); fetch it again")
-
-
-def _zip_members(path: Path) -> list[zipfile.ZipInfo] | None:
-    """What a zip archive lists, or None for any other file."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return None
-        with zipfile.ZipFile(path) as archive:
-            return archive.infolist()
-    except _DAMAGED as error:
-        raise _damaged(path, error) from None
-
-
-def _require_torch_zip(members: list[zipfile.ZipInfo], path: Path) -> None:
-    """A PyTorch file is a zip of uncompressed members; a compressed one may unfold to any size."""
-    if not any(member.filename.endswith("/data.pkl") for member in members):
-        raise BadInput(f"{path}: a zip archive, not a PyTorch file; unpack it and name the weights inside")
-    if any(member.filename.endswith("/constants.pkl") for member in members):
-        cure = "where you trust it, save its tensors alone: safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), ...)"
-        raise BadInput(f"{path}: refused, a TorchScript archive (CLIP's releases are), which is code; {cure}")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise BadInput(f"{path}: refused, a compressed zip (PyTorch never writes one); save it again with torch.save")
-
-
 def _first_line(error: BaseException) -> str:
-    """The reason alone, of an error that may go on with advice to PyTorch's users."""
-    lines = str(error).split("WeightsUnpickler error: ")[-1].strip().splitlines()
-    return lines[0].split(" Check the documentation")[0][:160] if lines else type(error).__name__
-
-
-def _refused_name(error: pickle.UnpicklingError) -> str | None:
-    """The class or function that PyTorch refused, or None when the bytes made no sense to it."""
-    text = " ".join(str(error).split())
-    for opening in ("GLOBAL ", "unrecognized function "):
-        if opening in text:
-            return text.split(opening, 1)[1].split(" ", 1)[0]
-    return None
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _state_dict_in(content: Any, prefer: tuple[str, ...], path: Path) -> dict[str, Tensor]:

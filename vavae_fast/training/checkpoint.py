@@ -88,10 +88,20 @@ def files_fault(path: Path, files: Mapping[str, Any], hashes: bool = True) -> st
             return f"{name} has {file.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}"
     if hashes:
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            for name, digest in zip(files, pool.map(lambda name: artifacts.sha256(path / name), files)):
+            for name, digest in zip(files, pool.map(lambda name: _digest(path / name), files)):
+                if digest is None:
+                    return f"{name} cannot be read"
                 if digest != files[name]["sha256"]:
                     return f"{name} is damaged (its hash is not the manifest's)"
     return None
+
+
+def _digest(path: Path) -> str | None:
+    """None where the disk does not give the file back."""
+    try:
+        return artifacts.sha256(path)
+    except OSError:
+        return None
 
 
 def _shards_complete(files: Mapping[str, Any]) -> bool:
