@@ -48,6 +48,9 @@ def test_verdicts(results):
     assert at16.differences == (10.0, 10.0) and at16.seen == "seen"
     assert at64.differences == (10.0, -10.0) and at64.seen.startswith("not clear")
     frechet = results.scale.judge.generation[0]
+    early = results.verdict(at16.claim, 100)
+    assert early.seen == "seen" and early.differences != at16.differences
+    assert results.verdict(at16.claim, 150).seen == "–", "no arm was scored there"
     turned = results.verdict(Claim("", at16.claim.worse, at16.claim.better, frechet))
     assert turned.differences == (-10.0, -10.0) and turned.seen == "the opposite is seen"
 
@@ -113,8 +116,8 @@ def test_every_page_is_written_from_scores(scales, tmp_path, monkeypatch, name):
 
 def test_summary_is_a_table_of_claims(results):
     lines = pages.summary([results]).splitlines()
-    assert lines[2] == "| convergence | after all steps, aligned d16 is ahead | seen | Fréchet, of pixels: +10.0, +10.0 | demo | 2 |"
-    assert len(lines) == 4 and all(line.count("|") == 7 for line in lines)
+    assert lines[2] == "| convergence | aligned d16 is ahead | Fréchet, of pixels | seen (+80.0, +80.0) | seen (+10.0, +10.0) | demo | 2 |"
+    assert len(lines) == 4 and all(line.count("|") == 8 for line in lines)
 
 
 def test_json_is_complete(results, tmp_path: Path):

@@ -71,7 +71,7 @@ def curves(results: Results) -> list[tuple[str, str]]:
 def claims(scale: Scale) -> list[Claim]:
     frechet = scale.judge.generation[0]
     named = lambda c: (dilemma.name(scale, c, scale.main), dilemma.name(scale, c, None))
-    return [Claim(f"after all steps, aligned d{c} is ahead", *named(c), frechet) for c in widths(scale)]
+    return [Claim(f"aligned d{c} is ahead", *named(c), frechet) for c in widths(scale)]
 
 
 def paper(scale: Scale) -> PaperTable:

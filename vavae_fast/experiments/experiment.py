@@ -40,7 +40,7 @@ class Verdict:
 
     claim: Claim
     differences: tuple[float, ...]
-    seen: str
+    seen: str  # "–": arms have no such score after so many steps
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,16 @@ class Results:
         text = f"{statistics.fmean(values):.{score.digits}f}"
         return text + (f" ± {statistics.stdev(values):.{score.digits}f}" if len(values) > 1 else "")
 
-    def verdict(self, claim: Claim) -> Verdict:
-        """Arms with the same seed are compared. It shows where every seed agrees and the mean difference exceeds the seeds' spread."""
+    def verdict(self, claim: Claim, mark: int | None = None) -> Verdict:
+        """Arms with the same seed are compared, at their ends or after `mark` steps. It shows where every seed agrees and the mean
+        difference exceeds the seeds' spread."""
         key, sign = claim.score.key, 1 if claim.score.more_is_better else -1
-        pairs = zip(self.scores(claim.better), self.scores(claim.worse))
-        differences = tuple(sign * (a[key] - b[key]) for a, b in pairs if a is not None and b is not None)
+        pairs = [(a, b) for a, b in zip(self.scores(claim.better), self.scores(claim.worse)) if a is not None and b is not None]
+        if mark is not None:
+            pairs = [(a.get(str(mark), {}), b.get(str(mark), {})) for a, b in pairs]
+            if not all(key in scores for pair in pairs for scores in pair):
+                return Verdict(claim, (), "–")
+        differences = tuple(sign * (a[key] - b[key]) for a, b in pairs)
         return Verdict(claim, differences, "quick run: no meaning" if self.scale.quick else _seen(differences))
 
 

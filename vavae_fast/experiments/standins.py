@@ -1,6 +1,7 @@
 """Small networks, trained here, that stand in for pretrained ones: foundation models, the network of LPIPS, a judge."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def progress(name: str):
+def progress(name: str) -> Callable[[int, int, Any], None]:
     """A line every ten seconds."""
     said = time.perf_counter()
 
