@@ -1,0 +1,44 @@
+"""Fused operators in DiT (github.com/facebookresearch/DiT): the same results, and the time before and after.
+
+    python examples/patch_dit.py --repository DiT
+    python examples/patch_dit.py --repository DiT --model DiT-XL/2 --checkpoint DiT-XL-2-256x256.pt --batch 64
+"""
+
+from pathlib import Path
+
+import torch
+from before_after import TINY, compare, from_checkout, known, options, run, twin, with_weights
+from torch import Tensor, nn
+
+from vavae_kernels import patch
+
+BLOCKS = "blocks"
+
+
+def build(repository: Path, name: str) -> nn.Module:
+    """A model of the checkout by its name there, for 256 px; or "tiny"."""
+    public = from_checkout(repository, "models.py")
+    if name == "tiny":
+        return public.DiT(**TINY)
+    return public.DiT_models[known(public.DiT_models, name)](input_size=32)
+
+
+def inputs(model: nn.Module, batch: int) -> dict[str, Tensor]:
+    """x (B, C, H, W), the steps t (B,) and classes y (B,)."""
+    x = torch.randn(batch, model.in_channels, *model.x_embedder.img_size)
+    return dict(x=x, t=torch.randint(1000, (batch,)), y=torch.arange(batch) % 10)
+
+
+def main() -> None:
+    given = options(__doc__, model="DiT-S/2")
+    model = with_weights(build(given.repository, given.model), given.checkpoint)
+    before = twin(model)  # to compare with
+
+    handle = patch(model)
+    print(handle)  # handle.report says it module by module; handle.undo() takes it back
+
+    compare(before, model, BLOCKS, inputs(model, given.batch), given)
+
+
+if __name__ == "__main__":
+    run(main)
