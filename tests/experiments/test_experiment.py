@@ -29,7 +29,7 @@ def results(scales, tmp_path) -> Results:
     for name, over_seeds in planned.arms.items():
         for seed, (arm,) in enumerate(over_seeds):
             lag = 2 if ("no VF" in name) != (seed == 1 and "d64" in name) else 1
-            kept(lab, arm, {str(mark): dict(frechet=lag * 8000 / mark + seed, agreement=0.9) for mark in scale.marks})
+            kept(lab, arm, {str(mark): dict(frechet=lag * 4000 / mark + seed, agreement=0.9) for mark in scale.marks})
             kept(lab, arm.latents.tokenizer, dict(psnr=20.0, rfrechet=3.0))
     return Results(planned.experiment, scale, lab, planned.arms)
 
@@ -39,7 +39,7 @@ def test_means_and_spreads_are_over_seeds(results):
     assert results.values("d16, no VF", "frechet") == [20.0, 21.0] and results.mean("d16, no VF", "frechet", 100) == 160.5
     assert results.cell("d16, no VF", frechet) == "20.5 ± 0.7"
     assert results.cell("d16, no VF", results.scale.judge.generation[1]) == "90.0 ± 0.0", "shown in percent"
-    assert results.cell("d16, no VF", frechet, 200) == "80.5 ± 0.7" and results.values("d16, no VF", "psnr") == [20.0, 20.0]
+    assert results.cell("d16, no VF", frechet, 200) == "40.5 ± 0.7" and results.values("d16, no VF", "psnr") == [20.0, 20.0]
 
 
 def test_verdicts(results):
@@ -116,7 +116,7 @@ def test_every_page_is_written_from_scores(scales, tmp_path, monkeypatch, name):
 
 def test_summary_is_a_table_of_claims(results):
     lines = pages.summary([results]).splitlines()
-    assert lines[2] == "| convergence | aligned d16 is ahead | Fréchet, of pixels | seen (+80.0, +80.0) | seen (+10.0, +10.0) | demo | 2 |"
+    assert lines[2] == "| convergence | aligned d16 is ahead | Fréchet, of pixels | seen (+40.0, +40.0) | seen (+10.0, +10.0) | demo | 2 |"
     assert len(lines) == 4 and all(line.count("|") == 8 for line in lines)
 
 

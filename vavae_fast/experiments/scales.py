@@ -25,7 +25,7 @@ _DEMO_RATES = Rates(tokenizer=0.13, aligned=0.165, lightningdit_fixed=0.02, ligh
 def demo(configs: Path, files: Files, budget: float, quick: bool) -> Scale:
     """Everything on embedded digits: hours on two CPU cores."""
     images, foundations = Images("builtin:digits/train", "builtin:digits/test", 8), _standins("supervised")
-    steps, marks = (4, (2, 4)) if quick else (_budget(500, budget), tuple(_budget(mark, budget) for mark in (100, 200, 400, 800)))
+    steps, marks = (4, (2, 4)) if quick else (_budget(500, budget), tuple(_budget(mark, budget) for mark in (100, 200, 400)))
     learning = (2, 2) if quick else (_budget(250, budget), _budget(250, budget))
     rates, judge = _DEMO_RATES, DigitsJudge()
     return Scale(
