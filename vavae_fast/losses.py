@@ -13,7 +13,7 @@ has the same gradients from the same terms with fewer passes through the network
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,13 @@ def reconstruction_nll(images: Tensor, reconstructions: Tensor, distance: Tensor
     return error.sum() / images.shape[0]
 
 
-def kl_loss(posterior) -> Tensor:
+class Posterior(Protocol):
+    """What an encoder gives: a distribution of latents that knows its divergence from N(0, 1)."""
+
+    def kl(self) -> Tensor: ...
+
+
+def kl_loss(posterior: Posterior) -> Tensor:
     """KL(q(z | x) || N(0, 1)), nats an image: mean over the batch of posterior.kl() (N,)."""
     return posterior.kl().mean()
 
@@ -229,7 +235,7 @@ def weighted_sum(terms: dict[str, Tensor], iteration: int, weights: LossWeights)
 def generator_objective(
     images: Tensor,
     reconstructions: Tensor,
-    posterior,
+    posterior: Posterior,
     iteration: int,
     weights: LossWeights,
     judges: Judges,

@@ -1,6 +1,7 @@
 """How evenly latents fill their space (the paper's Table 6), how each channel is distributed, and which places of an image are alike."""
 
 import time
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ EXAMPLE = "vavae-fast analyze --latents latents/train --repeats 10 --out analysi
 _NEEDED = {"sklearn": "scikit-learn", "scipy": "scipy"}  # by t-SNE and the density estimate
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     kinds = "folder of shards, .pt holding a tensor (N, D), or .safetensors with latents (N, D)"
     parser.add_argument("--latents", required=True, metavar="PATH", help=kinds)
     parser.add_argument("--tokens", type=int, default=10_000, metavar="N", help="tokens looked at, drawn by the seed (default 10,000, the paper's)")
@@ -59,7 +60,7 @@ class AnalyzePlan:
         return f"{count:,} tokens of {width} channels from {self.tokens.facts['latents']}, {t_sne}{maps} -> {self.out}\nnothing was written"
 
 
-def plan(config: None, args) -> AnalyzePlan:
+def plan(config: None, args: Namespace) -> AnalyzePlan:
     """Numbers, packages, latents, then the tokenizer of the maps."""
     least_of = {"tokens": 1, "seed": 0, "repeats": 0, "map_num": 1}
     for name, least in least_of.items():
@@ -83,7 +84,7 @@ def plan(config: None, args) -> AnalyzePlan:
     return AnalyzePlan(tokens, args.seed, args.repeats, _maps(args), args.out, args.json)
 
 
-def _maps(args) -> Maps | None:
+def _maps(args: Namespace) -> Maps | None:
     if not args.config and not args.images:
         for flag, value in (("--checkpoint", args.checkpoint), ("--token", args.token), ("key=value", args.overrides)):
             if value:

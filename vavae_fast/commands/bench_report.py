@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ ARMS = {"no-vf": "none", "vf": "self-supervised stand-in", "random": "untrained 
 Row = dict[str, Any]
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="the checkout: README.md, benchmarks/, docs/; default here")
     parser.add_argument("--record", type=Path, metavar="RUN", help="first copy in the result of a demo run")
     parser.add_argument("--check", action="store_true", help="write nothing; status 2 if the README is not what the results say")
@@ -40,7 +41,7 @@ class BenchReportPlan:
         return "\n".join(f"{path}: {'up to date' if is_current(path, text) else 'to be written'}" for path, text in self.files.items())
 
 
-def plan(config: None, args) -> BenchReportPlan:
+def plan(config: None, args: Namespace) -> BenchReportPlan:
     """Reads everything; `BadInput` names the file that is missing or cannot be meant."""
     root = args.root
     readme, results, guards = root / "README.md", root / "benchmarks" / "results", root / "benchmarks" / "guards.yaml"

@@ -1,5 +1,6 @@
 """Several runs on one static HTML page: curves over each other, what they reached, and the settings in which they differ."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,7 +38,7 @@ _AXES = {"step": "step", "images": "images seen", "hours": "hours in training"}
 _FACTS = ("stage", "device", "processes", "parameters", "data.count", "data.tokenizer", "versions.torch", "versions.vavae_fast")
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, as train or train-tokenizer wrote it")
     parser.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page; default: compare.html")
     parser.add_argument("--reference", action="store_true", help=f"draw the published mse of {PUBLISHED_MODEL} too; drawn anyway when a run is one")
@@ -62,7 +63,7 @@ class ComparePlan:
         return "\n".join([*lines, f"-> {self.out}\nnothing was written"])
 
 
-def plan(config: None, args) -> ComparePlan:
+def plan(config: None, args: Namespace) -> ComparePlan:
     require(args.skip >= 0, "--skip", args.skip, "0 or more")
     if args.out.is_dir():
         raise BadInput(f"--out: {args.out} is a folder; give a file, as {args.out / 'compare.html'}")

@@ -6,6 +6,7 @@ untrained encoder as control. Every stage is the command of that name; only the 
 
 import os
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from vavae_fast import artifacts
@@ -27,14 +28,14 @@ from vavae_fast.parsing import shipped_configs
 EXAMPLE = "vavae-fast demo --out runs/demo"
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--configs", type=Path, help="folder of demo.yaml and demo_tokenizer.yaml; default: the shipped ones")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs; the numbers mean nothing")
 
 
-def plan(config: None, args) -> DemoPlan:
+def plan(config: None, args: Namespace) -> DemoPlan:
     """Configs and folder; on a CPU one process a core, up to three, on a GPU one."""
     configs = args.configs or shipped_configs()
     require(args.seed >= 0, "--seed", args.seed, "0 or more")

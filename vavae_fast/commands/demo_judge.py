@@ -14,6 +14,7 @@ from vavae_fast.commands.sample import write_samples
 from vavae_fast.config import TokenizerConfig, load_config
 from vavae_fast.data import digits, digits_from_images, open_images
 from vavae_fast.evaluation import RBFClassifier, class_agreement, nearest_distances, pixel_frechet, psnr, spread
+from vavae_fast.models import AutoencoderKL
 from vavae_fast.pixels import image_grid, to_uint8, to_unit
 
 PROTOCOL = (
@@ -80,7 +81,7 @@ def _scores(samples: Tensor, labels: Tensor, classifier: RBFClassifier, real: Te
     )
 
 
-def tokenizer(plan: DemoPlan, arm: str):
+def tokenizer(plan: DemoPlan, arm: str) -> AutoencoderKL:
     """The trained tokenizer of an arm."""
     config = load_config(plan.configs / "demo_tokenizer.yaml", kind=TokenizerConfig)
     return build.tokenizer(config, str(plan.out / f"tokenizer-{arm}"))

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 
 EXAMPLE = "vavae-fast doctor"
@@ -27,7 +28,7 @@ OPTIONAL = (
 )
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     pass
 
 
@@ -39,7 +40,7 @@ class DoctorPlan:
         return "prints a report about this machine; writes nothing"
 
 
-def plan(config: None, args) -> DoctorPlan:
+def plan(config: None, args: Namespace) -> DoctorPlan:
     return DoctorPlan()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ RECONSTRUCTION_PROTOCOLS = ("adm", "lightningdit")
 _RECONSTRUCTION_FLAGS = ("config", "images", "checkpoint", "vgg", "lpips", "protocol", "seed", "precision", "picture", "picture_num")
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--samples", metavar="S", help="image folder, .npz with arr_0, or latent shards (with --tokenizer)")
     parser.add_argument("--reference", metavar="R", help="image folder, .npz with arr_0, or statistics .npz (mu sigma mu_s sigma_s)")
     parser.add_argument("--metrics", help=f"of {','.join(SAMPLE_METRICS)}; with --reconstruction of {','.join(RECONSTRUCTION_METRICS)}; default: all")
@@ -97,7 +98,7 @@ class ComparePlan:
         return f"{self.text}\nnothing was written"
 
 
-def plan(config: None, args) -> "EvaluatePlan | ReconstructionPlan | ComparePlan":
+def plan(config: None, args: Namespace) -> "EvaluatePlan | ReconstructionPlan | ComparePlan":
     """Inputs first, then the weights of Inception."""
     if args.compare:
         from vavae_fast.commands import compare_scores
@@ -145,7 +146,7 @@ def _plan_samples(args, metrics: list[str]) -> EvaluatePlan:
     return EvaluatePlan(metrics, samples, reference, inception, embedding, args.bootstrap, args.batch, args.json, made_by(args.samples, samples))
 
 
-def _embedding(args) -> Any:
+def _embedding(args: Namespace) -> Any:
     if not args.features:
         raise BadInput("--features: missing; fd is a distance between features of a model that you name, as dinov2")
     if args.features_weights != "hub":

@@ -1,5 +1,6 @@
 """Write a run's weights as one file: .safetensors, or .pt in the reference's layout; or with its tokenizer as a pipeline's folder."""
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from vavae_fast.errors import BadInput, require
 EXAMPLE = "vavae-fast export --run output/lightningdit_xl --weights ema --out lightningdit_xl.safetensors"
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest complete one")
     parser.add_argument("--stage", help="checkpoint at the end of this stage of a tokenizer's run")
@@ -31,7 +32,7 @@ class ExportPlan:
         return f"{self.weights} weights of {self.checkpoint} -> {self.out}\nnothing was written"
 
 
-def plan(config: None, args) -> "ExportPlan | export_pipeline.PipelinePlan":
+def plan(config: None, args: Namespace) -> "ExportPlan | export_pipeline.PipelinePlan":
     require(args.step is None or args.stage is None, "--step", args.step, "left out with --stage")
     export_pipeline.check(args)
     require(args.pipeline or args.out.suffix in (".safetensors", ".pt"), "--out", str(args.out), "a .safetensors or .pt file, or --pipeline")

@@ -1,5 +1,6 @@
 """export --pipeline: a LightningDiT's run, its tokenizer and statistics as the folder that `VAVAEPipeline.from_pretrained` reads."""
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from vavae_fast.errors import require
 _OWN = ("tokenizer", "latents_stats", "preset", "metrics", "license")  # flags that mean nothing without --pipeline
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pipeline", action="store_true", help="write a folder for VAVAEPipeline.from_pretrained, with a model card")
     parser.add_argument("--tokenizer", type=Path, metavar="CKPT", help="with --pipeline; default: what the run's config names")
     parser.add_argument("--latents-stats", type=Path, metavar="FILE", help="with --pipeline; default: latents_stats.pt of the run's latents")
@@ -20,7 +21,7 @@ def arguments(parser) -> None:
     parser.add_argument("--license", metavar="NAME", help="with --pipeline: by the hub's list, as apache-2.0")
 
 
-def check(args) -> None:
+def check(args: Namespace) -> None:
     """Flags that need --pipeline are given with it."""
     for name in _OWN:
         value = getattr(args, name)
@@ -41,7 +42,7 @@ class PipelinePlan:
         return f"{self.pipeline!r} of {self.checkpoint} -> {self.out}\nnothing was written"
 
 
-def plan(checkpoint: Path, args) -> PipelinePlan:
+def plan(checkpoint: Path, args: Namespace) -> PipelinePlan:
     """Everything is loaded and checked, so that writing is all that is left."""
     from vavae_fast.pipeline import VAVAEPipeline
     from vavae_fast.pipeline.folder import check_writable

@@ -1,6 +1,7 @@
 """Encode images into latent shards, with their mirrored twins, labels and statistics. Continues where it stopped."""
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ POSTERIORS = ("sample", "mean", "mean+std")
 _QUIET_SECONDS = 10.0  # from one progress line to the next
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", help="images, class folders, .zip, .tar, .parquet or builtin:digits")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of shards")
     parser.add_argument("--checkpoint", metavar="CKPT", help="tokenizer weights; default: the config's")
@@ -98,7 +99,7 @@ class StatisticsPlan:
         return f"statistics of the shards in {self.out} -> {self.out / 'latents_stats.pt'}\nnothing was written"
 
 
-def plan(config: Any, args) -> "ExtractPlan | StatisticsPlan":
+def plan(config: Any, args: Namespace) -> "ExtractPlan | StatisticsPlan":
     """Flags, images, tokenizer, what is there already."""
     for flag, value in (("--batch", args.batch), ("--shard-size", args.shard_size)):
         require(value > 0, flag, value, "above 0")

@@ -1,6 +1,7 @@
 """Which foundation model a tokenizer run is aligned with: `use_vf`, or `--foundation package.module:factory`. Imports no torch."""
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from vavae_fast.tokenizer_schema import FoundationConfig
 _KEY = "model.params.use_vf"
 
 
-def foundation_argument(parser) -> None:
+def foundation_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--foundation", metavar="MODULE:FACTORY",
                         help="align with your own model in place of use_vf: FACTORY() returns a torch.nn.Module with .feature_dim and "
                              "forward(images (B, 3, H, W) in [-1, 1]) -> (B, F, h, w); give it again to continue a run")  # fmt: skip

@@ -7,6 +7,7 @@
 """
 
 import math
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ _NEIGHBOURS = 3
 _ROWS_AT_ONCE = 4096  # of the training latents
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="CKPT", help="as sample's; default: ckpt_path")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of a checkpoint of ours")
     parser.add_argument("--preset", choices=tuple(sample.SAMPLE_PRESETS), help="published settings, in place of the config's sample keys")
@@ -55,7 +56,7 @@ class GalleryPlan:
         return f"{', '.join(self.pictures)} of classes {', '.join(map(str, self.classes))} -> {self.out}\nnothing was written"
 
 
-def plan(config: LightningDiTConfig, args) -> GalleryPlan:
+def plan(config: LightningDiTConfig, args: Namespace) -> GalleryPlan:
     """Numbers, then the networks, then the latents."""
     pictures = args.pictures.split(",")
     for name in pictures:
@@ -111,7 +112,7 @@ def run(plan: GalleryPlan) -> Path:
 class Artist:
     """Draws what a plan asks for: one method a picture, each a PIL image."""
 
-    def __init__(self, plan: GalleryPlan, device):
+    def __init__(self, plan: GalleryPlan, device: Any):
         import torch
 
         from vavae_fast.flow.generate import LatentScale
@@ -131,25 +132,25 @@ class Artist:
         self.labels = torch.tensor(plan.classes, device=device)
         self.notes: dict[str, Any] = {}
 
-    def classes(self):
+    def classes(self) -> Any:
         labels = self.labels.repeat_interleave(self.plan.columns)
         return self._picture(self._walk(self._noise(len(labels)), labels)[-1])
 
-    def trajectory(self):
+    def trajectory(self) -> Any:
         import torch
 
         states = self._walk(self._noise(len(self.labels)), self.labels, keep=True)  # (T, B, ...)
         times = torch.linspace(0, len(states) - 1, self.plan.columns).round().long()
         return self._picture(states[times].transpose(0, 1).flatten(0, 1))
 
-    def interpolation(self):
+    def interpolation(self) -> Any:
         import torch
 
         first, last = self._noise(2 * len(self.labels)).chunk(2)
         between = torch.stack([slerp(first, last, k / (self.plan.columns - 1)) for k in range(self.plan.columns)], dim=1)
         return self._picture(self._walk(between.flatten(0, 1), self.labels.repeat_interleave(self.plan.columns))[-1])
 
-    def neighbours(self):
+    def neighbours(self) -> Any:
         """A row a class: one image, then the training latents nearest to its own, normalised, mirrored ones included; L2."""
         import torch
 
@@ -192,7 +193,7 @@ class Artist:
         return image_grid(images.permute(0, 2, 3, 1).numpy(), columns=columns or self.plan.columns)
 
 
-def slerp(a, b, share: float):
+def slerp(a: Any, b: Any, share: float) -> Any:
     """From a (share 0) to b (share 1), (N, ...), along the great circle: between Gaussian noises every point is a typical noise."""
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
@@ -200,7 +201,7 @@ def slerp(a, b, share: float):
     return ((1 - share) * angle).sin() / angle.sin() * a + (share * angle).sin() / angle.sin() * b
 
 
-def nearest_latents(drawn, latents, scale, k: int):
+def nearest_latents(drawn: Any, latents: Any, scale: Any, k: int) -> tuple[Any, Any]:
     """drawn (N, C, h, w) normalised -> (N, k, C, h, w) of the training latents, plain or mirrored, nearest first, and L2 distances (N, k).
 
     One pass over the shards; differences are taken as they are, so a copy has a distance of 0.

@@ -1,5 +1,6 @@
 """What draws images, for every command that does: the networks of a LightningDiT config, checked one against another, and how they are called."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _guide(config: LightningDiTConfig, which: str) -> tuple[Any, dict[str, Any] 
     return build.trained_lightningdit(replace(theirs, train=config.train), str(path), which)
 
 
-def latent_statistics(config: LightningDiTConfig):
+def latent_statistics(config: LightningDiTConfig) -> tuple[tuple[Any, Any], str | None]:
     """(mean, std) that undo the normalisation of training, of latents_stats.pt in data.data_path, and its sha256; 0, 1 and None without one."""
     import torch
 
@@ -85,7 +86,7 @@ def latent_statistics(config: LightningDiTConfig):
     return read_statistics(path, config.model.in_chans), artifacts.sha256(path)
 
 
-def sampler_settings(s: SampleConfig):
+def sampler_settings(s: SampleConfig) -> Any:
     """sample.* as the sampler takes them; checks method, form and interval."""
     from vavae_fast.flow.generate import SamplerSettings
 
@@ -97,7 +98,7 @@ def sampler_settings(s: SampleConfig):
     )  # fmt: skip
 
 
-def precision_of(config: LightningDiTConfig, device) -> str:
+def precision_of(config: LightningDiTConfig, device: Any) -> str:
     """sample.precision, or what auto means on `device`."""
     from vavae_fast.commands import build
 
@@ -105,7 +106,7 @@ def precision_of(config: LightningDiTConfig, device) -> str:
     return ("bf16" if build.bf16(asked, device) else "fp32") if asked == "auto" else asked
 
 
-def predictor_of(config: LightningDiTConfig, model, precision: str, device):
+def predictor_of(config: LightningDiTConfig, model: Any, precision: str, device: Any) -> Callable[..., Any] | None:
     """`model` as `sample.` wants it called; None for None."""
     from vavae_fast.commands import build
     from vavae_fast.models.inference import predictor

@@ -2,6 +2,7 @@
 
 import io
 import json
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ _MOST_PICTURES, _LARGEST_PICTURE = 6, 8 << 20  # bytes of one embedded file
 _PICTURE_WIDTH = 360  # pixels on the page that a small picture is enlarged to, about
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder, as train or train-tokenizer wrote it")
 
 
@@ -75,7 +76,7 @@ class Run:
         return f"{len(self.steps):,} logged steps of {self.folder} -> {self.out}\nnothing was written"
 
 
-def plan(config: None, args) -> Run:
+def plan(config: None, args: Namespace) -> Run:
     run = read_run(args.run_dir)
     artifacts.require_writable(run.folder)
     return run

@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ EXAMPLE = "vavae-fast reproduce dilemma --scale demo --dry-run"
 _ARM_BYTES = 30 << 20  # what an arm on digits leaves: its last checkpoint, above all
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     names = f"all, or one or more: of the paper {', '.join(PAPER)}; of its future work {', '.join(FUTURE_WORK)}"
     parser.add_argument("names", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--scale", choices=SCALES, default="demo", help="embedded digits on a CPU (default), CIFAR-10, ImageNet")
@@ -66,7 +67,7 @@ class ReproducePlan:
         return "\n".join((*lines, "nothing was written"))
 
 
-def plan(config: None, args) -> ReproducePlan:
+def plan(config: None, args: Namespace) -> ReproducePlan:
     """Names, numbers, files, then every arm's config."""
     from vavae_fast.experiments import scales
     from vavae_fast.experiments.catalogue import experiment

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -25,7 +26,7 @@ _FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "dat
 _NOT_FREE_OF_A_TOKENIZER = ("train.micro_batch_size",)  # BatchNorm and the adaptive weights look at one micro-batch
 
 
-def resume_arguments(parser) -> None:
+def resume_arguments(parser: ArgumentParser) -> None:
     """The flags of a stage that trains."""
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto: continue this run from its newest complete checkpoint")
     parser.add_argument("--override", action="append", default=[], metavar="KEY", help="continue although this config key has changed (repeatable)")

@@ -1,6 +1,7 @@
 """Draw images from a trained LightningDiT: samples.npz, samples.png, manifest.json. Continues where it stopped."""
 
 import shutil
+from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ _WRITES_AHEAD = 2  # batches that wait to be written while the next are drawn
 _PNG_THREADS = 8  # that compress one batch
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="CKPT", help="LightningDiT: run folder, checkpoint folder, .pt or .safetensors; default: ckpt_path")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of a checkpoint of ours")
     parser.add_argument("--preset", choices=tuple(SAMPLE_PRESETS), help="published settings, in place of the config's sample keys")
@@ -53,7 +54,7 @@ class SamplePlan:
         return f"{lines}\n{'out':<{width}}{self.out}, at most {2 * disk / 1e6:.0f} MB while it is written\nnothing was written"
 
 
-def plan(config: LightningDiTConfig, args) -> SamplePlan:
+def plan(config: LightningDiTConfig, args: Namespace) -> SamplePlan:
     """Numbers first, then the checkpoint, then the tokenizer."""
     if args.preset:
         config = replace(config, sample=replace(config.sample, **SAMPLE_PRESETS[args.preset]))
@@ -135,7 +136,7 @@ def run(plan: SamplePlan) -> Path:
     return plan.out
 
 
-def draw(plan: SamplePlan, world) -> None:
+def draw(plan: SamplePlan, world: Any) -> None:
     """Draw what is missing, batch by batch, each process its share; the main one puts the parts together. All must call."""
     if (plan.out / "manifest.json").is_file():
         if world.main:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ EXAMPLE = (
 _HIGHER_IS_BETTER = ("is", "precision", "recall")
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of a LightningDiT")
     parser.add_argument("--checkpoint", metavar="CKPT", help="as sample's; default: ckpt_path")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of a checkpoint of ours")
@@ -74,7 +74,7 @@ class SweepPlan:
         return f"{len(self.settings)} settings of {self.flags.num:,} images, by {self.metrics[0]}:\n{names}\n-> {self.out}\nnothing was written"
 
 
-def plan(config: None, args) -> SweepPlan:
+def plan(config: None, args: Namespace) -> SweepPlan:
     """Every setting's numbers and the reference, then the networks of the first setting, then Inception."""
     metrics = args.metrics.split(",")
     require(args.batch > 0, "--batch", args.batch, "above 0")

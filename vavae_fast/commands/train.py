@@ -1,5 +1,6 @@
 """Train LightningDiT on latent shards. One process needs no launcher; torchrun train.py starts several."""
 
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ EXAMPLE = "vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data
 CONFIG = LightningDiTConfig
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--fused", action="store_true", help="run the fused operators (= train.fused=true)")
     resume_arguments(parser)
 
@@ -51,7 +52,7 @@ class TrainPlan:
         )
 
 
-def plan(config: LightningDiTConfig, args) -> TrainPlan:
+def plan(config: LightningDiTConfig, args: Namespace) -> TrainPlan:
     """Check everything. What needs no torch comes first."""
     if args.fused:
         config = replace(config, train=replace(config.train, fused=True))

@@ -1,5 +1,6 @@
 """Train a VA-VAE on images: reconstruction, GAN and alignment with a vision foundation model."""
 
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ EXAMPLE = "vavae-fast train-tokenizer --config configs/tokenizer_f16d32.yaml dat
 CONFIG = TokenizerConfig
 
 
-def arguments(parser) -> None:
+def arguments(parser: ArgumentParser) -> None:
     foundation_argument(parser)
     resume_arguments(parser)
 
@@ -65,7 +66,7 @@ class TokenizerPlan:
         )
 
 
-def plan(config: TokenizerConfig, args) -> TokenizerPlan:
+def plan(config: TokenizerConfig, args: Namespace) -> TokenizerPlan:
     """Check everything. What needs no torch comes first."""
     config = with_foundation(config, args.foundation)
     require(args.world_size is None or args.dry_run, "--world-size", args.world_size, "used with --dry-run; torchrun sets it otherwise")

@@ -22,7 +22,8 @@ from vavae_fast.flow.transport import Transport
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t () or (B,)) -> (B, ...)
 Noise = Callable[[int, Tensor], Tensor]  # (step, like (B, ...)) -> standard normals (B, ...)
-SAMPLERS: dict[str, Callable[[Velocity, Tensor, Tensor], Tensor]] = {}
+Solver = Callable[[Velocity, Tensor, Tensor], Tensor]  # (velocity, x at times[0], times (T,)) -> x at times[-1]
+SAMPLERS: dict[str, Solver] = {}
 SDE_SAMPLERS: dict[str, Callable[..., Tensor]] = {}
 
 
@@ -40,7 +41,7 @@ def time_grid(num_steps: int, shift: float = 0.0, t0: float = 0.0, t1: float = 1
 # Fixed steps
 
 
-def sampler(order: int, *names: str):
+def sampler(order: int, *names: str) -> Callable[[Solver], Solver]:
     """Enter a function (velocity, x, times) in `SAMPLERS`, under its own name and `names`."""
 
     def enter(solve):

@@ -158,7 +158,7 @@ class VAVAEPipeline:
         """Of matrix products."""
         return torch.bfloat16 if self._precision in ("bf16", "fp8") else torch.float32
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> "VAVAEPipeline":
+    def to(self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None) -> "VAVAEPipeline":
         """Draw on `device` with matrix products in `dtype` from now on; as with modules, a dtype may stand alone. Returns itself."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -194,7 +194,7 @@ class VAVAEPipeline:
         return_dict: bool = True,
         progress: Callable[[int, int], None] | None = None,
         class_labels: Labels | None = None,
-    ) -> VAVAEPipelineOutput | tuple[Any]:
+    ) -> VAVAEPipelineOutput | Any:  # Any: (images,), with return_dict=False
         """Images of the classes `labels` (or, as diffusers calls them, class_labels): numbers, or names of `.labels`.
 
         What is None is the model's default, `config.sample`. num_images_per_label: of each label, one after another.

@@ -79,7 +79,18 @@ def qk_norm_rope(
     return run(*arguments, norm, float(eps))
 
 
-def check_qkv(op: str, qkv: Tensor, cos, sin, q_weight, k_weight, q_bias, k_bias, norm: str | None, eps: float) -> None:
+def check_qkv(
+    op: str,
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    norm: str | None,
+    eps: float,
+) -> None:
     """Shapes of the docstring; weights only beside a norm, biases only beside "layer"."""
     affine = dict(q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
     check_tensors(op, qkv=qkv, optional=dict(cos=cos, sin=sin, **affine))
