@@ -36,7 +36,7 @@ def results(scales, tmp_path) -> Results:
 
 def test_means_and_spreads_are_over_seeds(results):
     frechet = results.scale.judge.generation[0]
-    assert results.values("d16, no VF", "frechet") == [20.0, 21.0] and results.mean("d16, no VF", "frechet", 100) == 160.5
+    assert results.values("d16, no VF", "frechet") == [20.0, 21.0] and results.mean("d16, no VF", "frechet", 100) == 80.5
     assert results.cell("d16, no VF", frechet) == "20.5 ± 0.7"
     assert results.cell("d16, no VF", results.scale.judge.generation[1]) == "90.0 ± 0.0", "shown in percent"
     assert results.cell("d16, no VF", frechet, 200) == "40.5 ± 0.7" and results.values("d16, no VF", "psnr") == [20.0, 20.0]
