@@ -5,8 +5,9 @@
 Every measurement is a line of <out>/<device>-<date>.jsonl the moment it is made, and a short table ends the output. A measurement that
 fails is a line that says why, and the next one runs; where it has broken the CUDA context, in a fresh process. Whatever benchmarks/results
 or <out> holds of this device and this code is not measured again, unless --again. Needs no network: what benchmarks/wheels holds is
-importable during the call. VAVAE_REFERENCE names a checkout of the public LightningDiT, for its own modules. --rehearse runs every section
-on a CPU with tiny shapes, kernels in Triton's interpreter.
+importable during the call. VAVAE_REFERENCE names a checkout of the public LightningDiT, for its own modules; VAVAE_DIT, VAVAE_SIT and
+VAVAE_REPA those of the code bases that examples/ patches. --rehearse runs every section on a CPU with tiny shapes, kernels in Triton's
+interpreter.
 """
 
 import argparse
@@ -28,7 +29,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 
-from benchmarks import checks, operators, optimizers, sampling, steps, tokenizer_steps, tuning
+from benchmarks import checks, operators, optimizers, patched, sampling, steps, tokenizer_steps, tuning
 from benchmarks.ceilings import UNKNOWNS, Rates, bounds, ceilings
 from benchmarks.guards import read as read_guards
 from benchmarks.records import RESULTS, ROOT, Records, Row, lines, smi
@@ -216,6 +217,12 @@ def whole_draws(bench: Bench) -> None:
         _compare(bench, step)
 
 
+def other_code(bench: Bench) -> None:
+    """DiT, SiT, REPA and diffusers before and after patch()."""
+    for step in patched.REHEARSED if bench.rehearse else patched.STEPS:
+        _compare(bench, step)
+
+
 def _measure(bench: Bench, case: operators.Case) -> None:
     last = f"{case.key}/{'backward' if case.spec.gradients else 'forward'}"
     if bench.missing(last):
@@ -268,8 +275,8 @@ def _write_configurations(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine, "ceilings": measured_ceilings, "unknowns": unknowns, "correctness": correctness, "step": main_step,
-    "sampling": whole_draws, "tokenizer": tokenizer, "operators": first_operators, "steps": other_steps, "more-operators": other_operators,
-    "configs": configurations,
+    "sampling": whole_draws, "tokenizer": tokenizer, "operators": first_operators, "steps": other_steps, "examples": other_code,
+    "more-operators": other_operators, "configs": configurations,
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def build(name: str, checkpoint: Path | None = None) -> nn.Module:
         return with_weights(getattr(diffusers, kind)(**arguments), None)
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"--checkpoint {checkpoint}: no config.json there; give the folder that save_pretrained wrote, of a pipeline its transformer/")
-    return diffusers.AutoModel.from_pretrained(checkpoint, local_files_only=True).float().eval()
+    return diffusers.AutoModel.from_pretrained(str(checkpoint), local_files_only=True, low_cpu_mem_usage=False).float().eval()
 
 
 def inputs(model: nn.Module, batch: int) -> dict[str, Any]:
