@@ -1,7 +1,7 @@
 """The command line: a table of commands, and what becomes of errors.
 
-Exit status: 0 done; 2 bad input, one line on stderr; 1 a fault of ours, with traceback; 130 interrupted. Nothing here
-imports torch.
+Exit status: 0 done; 2 bad input, one line on stderr; 1 a fault of ours, with traceback; 17 a device that computes wrong, one line;
+130 interrupted. Nothing here imports torch.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import traceback
 
 from vavae_fast import __version__
 from vavae_fast.commands.invoke import run_command
-from vavae_fast.errors import BadInput, Interrupted
+from vavae_fast.errors import BadInput, HardwareFault, Interrupted
 
 COMMANDS = {
     "demo": "the whole pipeline on embedded digits, in minutes, CPU or GPU",
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _complain(str(error))
+    except HardwareFault as error:
+        return _complain(str(error), 17)
     except Interrupted:
         return 0
     except KeyboardInterrupt:
@@ -96,10 +98,10 @@ def _nearest(name: str) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def _complain(line: str) -> int:
+def _complain(line: str, status: int = 2) -> int:
     rank = int(os.environ.get("RANK", 0))
     print(f"error: {' '.join(line.split())}" if rank == 0 else f"error (rank {rank}): {' '.join(line.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _file_system_line(error: OSError) -> str:

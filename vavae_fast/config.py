@@ -80,6 +80,17 @@ def accumulation(global_batch: int, micro_batch: int | None, processes: int) -> 
     return micro, share // micro
 
 
+def slots_of_process(global_batch: int, slots: int, processes: int) -> tuple[int, int]:
+    """`accumulation` with `train.deterministic: elastic`: (samples of a slot, slots of each process)."""
+    if global_batch % slots:
+        near = ", ".join(str(b) for b in (global_batch // slots * slots, (global_batch // slots + 1) * slots) if b > 0)
+        raise BadInput(f"train.global_batch_size {global_batch} does not divide into train.slots {slots}; nearest: {near}")
+    if slots % processes:
+        fitting = ", ".join(str(1 << n) for n in range(slots.bit_length()))
+        raise BadInput(f"train.slots {slots} does not divide over {processes} processes; start {fitting} of them, or set train.deterministic=none")
+    return global_batch // slots, slots // processes
+
+
 def _nearest_micro_batches(global_batch: int, micro_batch: int, processes: int) -> str:
     """The sizes around `micro_batch` by which the processes' shares divide, as a further cure; "" when there is no whole share."""
     if global_batch % processes:

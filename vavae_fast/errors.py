@@ -1,4 +1,4 @@
-"""What a user can get wrong, which `cli.main` prints as one line with status 2; and the stop that a user asked for."""
+"""What a user can get wrong, which `cli.main` prints as one line with status 2; the stop that a user asked for; and hardware that computes wrong."""
 
 import math
 import sys
@@ -12,6 +12,10 @@ class BadInput(ValueError):
 
 class Interrupted(Exception):
     """A signal ended the stage early; what it had is saved, and the same command continues. `cli.main` leaves with 0."""
+
+
+class HardwareFault(Exception):
+    """A device computed something wrong. The message is one line: the step, the process, the cure. `cli.main` leaves with 17."""
 
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:

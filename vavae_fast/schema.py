@@ -115,6 +115,9 @@ class TrainConfig:
     use_checkpoint: bool | None = None  # the reference prints this key and trains by model.use_checkpoint; so do we
     # ours
     micro_batch_size: int | None = None  # samples a process holds at once; null: its whole share
+    deterministic: Literal["none", "elastic"] = "none"  # elastic: the same weights, bit for bit, by any number of processes that divides slots
+    slots: int = 8  # with elastic: the micro-batches of a global batch, over all processes; a power of two
+    audit_every: int | None = None  # steps between two audits: a step's gradients computed twice, replicas compared; null: none
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     fused: bool = False  # run the operators of vavae_kernels
     residual_dtype: Literal["fp32", "bf16"] = "fp32"  # LightningDiT's stream between blocks; fp32 is the reference's
@@ -131,11 +134,16 @@ class TrainConfig:
     max_faint: int = 200  # steps in a row with next to no gradient, and the loss where it was, before the run stops; 0: never
 
     def __post_init__(self):
-        for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped"):
+        for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped", "audit_every"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
         for key in ("max_rollbacks", "max_faint"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        require(self.slots > 0 and self.slots & (self.slots - 1) == 0, "slots", self.slots, "a power of two")
+        exact = self.deterministic == "elastic"
+        require(not exact or self.micro_batch_size is None, "micro_batch_size", self.micro_batch_size, "null with deterministic: elastic; set slots")
+        repeats = self.attention in ("auto", "sdpa", "math") or not (exact or self.audit_every)
+        require(repeats, "attention", self.attention, "auto, sdpa or math with deterministic: elastic or audit_every; others add in any order")
         spread = self.shard != "none"
         require(not spread or self.compile != "model", "compile", self.compile, "blocks, auto or none with train.shard")
         narrow = self.residual_dtype == "bf16"

@@ -5,7 +5,7 @@ import os
 import socket
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,8 +19,8 @@ from vavae_fast.parsing import read_yaml
 _FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.valid_path", "data.num_workers", "data.latents_in",
          "data.params.num_workers", "data.max_corrupt", "train.ckpt", "train.log_every", "train.ckpt_every", "train.keep_", "train.micro_batch_size",
          "train.fused", "train.attention", "train.compile", "train.resume", "train.output_dir", "train.max_skipped", "train.max_rollbacks",
-         "train.max_faint", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps", "lightning.trainer.max_epochs",
-         "lightning.trainer.strategy", "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark", "lightning.callbacks",
+         "train.max_faint", "train.audit_every", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps",
+         "lightning.trainer.max_epochs", "lightning.trainer.strategy", "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark", "lightning.callbacks",
          "lightning.modelcheckpoint", "train.shard")  # fmt: skip
 
 _NOT_FREE_OF_A_TOKENIZER = ("train.micro_batch_size",)  # BatchNorm and the adaptive weights look at one micro-batch
@@ -40,7 +40,8 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
     if held and (resume == "never" or config.train.resume is False):
         raise BadInput(f"{folder}: holds checkpoints of an earlier run; continue it with --resume auto, or choose another train.exp_name")
     if (folder / "config.yaml").is_file() and held:
-        before, now = flatten(read_yaml(folder / "config.yaml")), flatten(to_mapping(config))
+        defaults, now = flatten(to_mapping(type(config)())), flatten(to_mapping(config))
+        before = defaults | flatten(read_yaml(folder / "config.yaml"))  # a key that came later meant its default
         free = _FREE if isinstance(config, LightningDiTConfig) else tuple(key for key in _FREE if key not in _NOT_FREE_OF_A_TOKENIZER)
         changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(free) and k not in set(allowed)]
         if changed:
@@ -99,6 +100,17 @@ def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json of a run; a continued run's are replaced by the present ones."""
     artifacts.write_text(folder / "config.yaml", to_yaml(config))
     artifacts.write_json(folder / "manifest.json", artifacts.manifest("run", **facts))
+
+
+def kernels(config: Config, device: Any) -> AbstractContextManager:
+    """The kernels of a whole run: exact ones with train.deterministic=elastic. Call it before the device is first used."""
+    from vavae_fast.commands import build
+    from vavae_fast.training.elastic import exact, require_workspace
+
+    elastic = config.train.deterministic == "elastic"
+    if elastic or config.train.audit_every is not None:
+        require_workspace()
+    return exact(device, compiled=build.compiled_regions(config.train.compile, device) != "none") if elastic else nullcontext()
 
 
 def run_steps(

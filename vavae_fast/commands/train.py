@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.runs import check_run_folder, check_same_data, locked, resume_arguments, run_steps, start_run
-from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, to_mapping, to_yaml, world_size
+from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, locked, resume_arguments, run_steps, start_run
+from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, slots_of_process, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 
 EXAMPLE = "vavae-fast train --config configs/lightningdit_xl_64ep.yaml data.data_path=latents/train --fused"
@@ -60,7 +60,10 @@ def plan(config: LightningDiTConfig, args: Namespace) -> TrainPlan:
     for key in ("max_steps", "global_batch_size"):
         require(getattr(config.train, key) is not None, f"train.{key}", None, "set")
     processes = args.world_size or world_size()
-    micro, accumulated = accumulation(config.train.global_batch_size, config.train.micro_batch_size, processes)
+    if config.train.deterministic == "elastic":
+        micro, accumulated = slots_of_process(config.train.global_batch_size, config.train.slots, processes)
+    else:
+        micro, accumulated = accumulation(config.train.global_batch_size, config.train.micro_batch_size, processes)
     folder = run_folder(config, args.config)
     resumes = check_run_folder(folder, config, args.resume, args.override)
     placeholder = args.dry_run and (not config.data.data_path or "path/to/" in config.data.data_path)
@@ -120,6 +123,8 @@ def predict(config: LightningDiTConfig, micro: int, accumulated: int, processes:
     precision = "fp32" if config.train.precision == "fp32" else "bf16"  # what auto is on a GPU
     shards = processes if config.train.shard == "full" else 1  # hybrid shards within a node, whose size is not known here
     memory = training_bytes(model, micro, accumulated > 1, precision, config.model.use_checkpoint, shards)
+    if config.train.deterministic == "elastic":
+        memory += (accumulated.bit_length() - 1) * 4 * parameters // shards  # gradients of slots that wait for their other half
     bytes_of = dict(memory=memory, checkpoint_bytes=16 * parameters)
     return dict(parameters=parameters, flops=flops_per_image(model), precision=precision, **bytes_of)
 
@@ -153,15 +158,17 @@ def run(plan: TrainPlan) -> Path:
     """Train to `train.max_steps`, or to a signal; returns the run folder."""
     from vavae_fast.distributed import open_world
 
-    with open_world() as world, locked(plan.folder) if world.main else nullcontext():
+    with open_world() as world, locked(plan.folder) if world.main else nullcontext(), kernels(plan.config, world.device):
         return _run(plan, world)
 
 
 def _run(plan: TrainPlan, world) -> Path:
+    from vavae_fast.commands import build
     from vavae_fast.commands.watch import observers, peak_images_per_second
     from vavae_fast.data.streams import LatentStream, Share
     from vavae_fast.models.lightningdit_cost import parameter_count
-    from vavae_fast.training.dit import dit_step
+    from vavae_fast.training.audit import audited
+    from vavae_fast.training.dit import dit_gradients, dit_step
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
     from vavae_fast.training.saver import Retention
@@ -179,14 +186,18 @@ def _run(plan: TrainPlan, world) -> Path:
     log.say(f"{config.model.model_type}, {parameters / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
     peak = peak_images_per_second(state.model, world, log)
-    share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch)
+    share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch, in_turn=state.shards if c.deterministic == "elastic" else 1)
     d = config.data
     resident = {"stream": None, "ram": "cpu", "gpu": world.device}[d.latents_in]
     stream = LatentStream(plan.latents, c.global_seed, share, d.latent_norm, d.latent_multiplier, d.flip, world.device, resident=resident)
     settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every),
                             facts | dict(config=to_mapping(config)), peak)  # fmt: skip
     looks = observers(config, plan.watch, plan.latents, state, plan.micro_batch, log)
-    return run_steps(state, dit_step, stream, plan.accumulation, settings, world, log, start, looks)
+    step = dit_step
+    if c.audit_every is not None:
+        compiled = build.compiled_regions(c.compile, world.device) != "none"
+        step = audited(dit_step, dit_gradients, c.audit_every, compiled, state.shards)
+    return run_steps(state, step, stream, plan.accumulation, settings, world, log, start, looks)
 
 
 def _state(plan: TrainPlan, world, log):
@@ -196,9 +207,10 @@ def _state(plan: TrainPlan, world, log):
     from vavae_fast.models.compilation import compile_forward
     from vavae_fast.models.fp8 import convert_to_fp8
     from vavae_fast.training.dit import DiTState
+    from vavae_fast.training.elastic import ElasticReduction
     from vavae_fast.training.guard import Guard
     from vavae_fast.training.optimizer import trainable
-    from vavae_fast.training.parallel import shard
+    from vavae_fast.training.parallel import process_mesh, shard
     from vavae_kernels import AdamWEMA
 
     config = plan.config
@@ -213,7 +225,12 @@ def _state(plan: TrainPlan, world, log):
     o, t = config.optimizer, config.transport
     adam = dict(lr=o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, impl="auto" if config.train.fused else "torch")
     bf16 = build.bf16(config.train.precision, world.device)
-    shard(model, world, config.train.shard, bf16)
+    mesh, elastic = process_mesh(world, config.train.shard), config.train.deterministic == "elastic"
+    shard(model, mesh["shard"] if mesh is not None and elastic else mesh, bf16)  # elastic: it adds over nodes itself
+    reduction = None
+    if elastic:
+        reduction = ElasticReduction(world, config.train.slots, mesh)
+        reduction.attach(model)
     optimizer = AdamWEMA(trainable(model).items(), ema_decay=config.train.ema_decay, **adam)
     late = build.transport(t, config.train.fused, use_lognorm=False) if t.lognorm_until else None
     return DiTState(
@@ -221,7 +238,7 @@ def _state(plan: TrainPlan, world, log):
         transport=build.transport(t, config.train.fused), world=world,
         guard=Guard(world.device, config.train.max_skipped, config.train.max_rollbacks, max_faint=config.train.max_faint),
         seed=config.train.global_seed, settings=o, max_steps=config.train.max_steps,
-        bf16=bf16, transport_late=late, late_from=t.lognorm_until or 0,
+        bf16=bf16, transport_late=late, late_from=t.lognorm_until or 0, reduction=reduction,
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.foundation_choice import check_same_module, foundation_argument, with_foundation
-from vavae_fast.commands.runs import check_run_folder, check_same_data, locked, resume_arguments, run_steps, start_run
+from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, locked, resume_arguments, run_steps, start_run
 from vavae_fast.commands.tokenizer_stages import PlannedStage, plan_stages, run_length
-from vavae_fast.config import TokenizerConfig, accumulation, given_images, given_path, run_folder, to_mapping, to_yaml, world_size
+from vavae_fast.config import TokenizerConfig, accumulation, given_images, given_path, run_folder, slots_of_process, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 from vavae_fast.models.foundation_models import USER_MODEL
 from vavae_fast.training.boards import require_boards
@@ -74,7 +74,10 @@ def plan(config: TokenizerConfig, args: Namespace) -> TokenizerPlan:
     compiles = config.train.fused or config.train.compile in ("auto", "none")
     require(compiles, "train.compile", config.train.compile, "auto or none without train.fused=true: the plain tokenizer is not compiled")
     processes = args.world_size or world_size()
-    micro, accumulated = accumulation(config.global_batch_size, config.train.micro_batch_size or config.data.params.batch_size, processes)
+    if config.train.deterministic == "elastic":
+        micro, accumulated = slots_of_process(config.global_batch_size, config.train.slots, processes)
+    else:
+        micro, accumulated = accumulation(config.global_batch_size, config.train.micro_batch_size or config.data.params.batch_size, processes)
     folder = run_folder(config, args.config)
     check_same_module(folder, args.foundation, args.override)
     resumes = check_run_folder(folder, config, args.resume, args.override)
@@ -172,7 +175,7 @@ def run(plan: TokenizerPlan) -> Path:
     """Train to the last step, or to a signal; returns the run folder."""
     from vavae_fast.distributed import open_world
 
-    with open_world() as world, locked(plan.folder) if world.main else nullcontext():
+    with open_world() as world, locked(plan.folder) if world.main else nullcontext(), kernels(plan.config, world.device):
         return _run(plan, world)
 
 
@@ -180,10 +183,11 @@ def _run(plan: TokenizerPlan, world) -> Path:
     from vavae_fast.commands import build
     from vavae_fast.commands.watch_tokenizer import observers
     from vavae_fast.data.streams import ImageStream, Share
+    from vavae_fast.training.audit import audited
     from vavae_fast.training.log import RunLog
     from vavae_fast.training.loop import LoopSettings, resume
     from vavae_fast.training.saver import Retention
-    from vavae_fast.training.tokenizer import tokenizer_step
+    from vavae_fast.training.tokenizer import tokenizer_gradients, tokenizer_step
 
     config = plan.config
     c = config.train
@@ -210,13 +214,18 @@ def _run(plan: TokenizerPlan, world) -> Path:
     settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep,
                             facts | dict(stages=ends, config=to_mapping(config)), stages=ends)  # fmt: skip
     looks = observers(config, plan.watch, state, plan.micro_batch, log)
-    return run_steps(state, tokenizer_step, stream, plan.accumulation, settings, world, log, start, looks)
+    step = tokenizer_step
+    if c.audit_every is not None:
+        compiled = build.compiled_regions(c.compile, world.device) != "none"
+        step = audited(tokenizer_step, tokenizer_gradients, c.audit_every, compiled)
+    return run_steps(state, step, stream, plan.accumulation, settings, world, log, start, looks)
 
 
 def _state(plan: TokenizerPlan, world, log):
     import torch
 
     from vavae_fast.commands import build
+    from vavae_fast.training.elastic import ElasticReduction
     from vavae_fast.training.guard import Guard
     from vavae_fast.training.one_pass import one_pass_gradients
     from vavae_fast.training.tokenizer import TokenizerState, plain_gradients
@@ -238,6 +247,7 @@ def _state(plan: TokenizerPlan, world, log):
         world=world, seed=config.train.global_seed, bf16=build.bf16(_precision(config), world.device), reverse_proj=config.model.params.reverse_proj,
         gradients=one_pass_gradients if config.train.fused else plain_gradients, max_grad_norm=config.max_grad_norm,
         foundation_stream=torch.cuda.Stream(world.device) if config.train.fused and world.device.type == "cuda" else None,
+        reduction=ElasticReduction(world, config.train.slots) if config.train.deterministic == "elastic" else None,
     )  # fmt: skip
 
 

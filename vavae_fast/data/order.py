@@ -62,11 +62,15 @@ def batch_positions(step: int, global_batch: int, rank: int, world: int) -> np.n
     return np.arange(first, first + share, dtype=np.int64)
 
 
-def micro_batches(start: int, global_batch: int, rank: int, world: int, micro_batch: int) -> Iterator[np.ndarray]:
-    """The positions of `rank` from step `start` on, for ever, `micro_batch` at a time: share / micro_batch of them a step."""
+def micro_batches(start: int, global_batch: int, rank: int, world: int, micro_batch: int, in_turn: int = 1) -> Iterator[np.ndarray]:
+    """The positions of `rank` from step `start` on, for ever, `micro_batch` at a time: share / micro_batch of them a step.
+
+    Of `in_turn` neighbouring ranks, which have a contiguous share together, each takes one micro-batch after the other.
+    """
     step = start
     while True:
-        yield from batch_positions(step, global_batch, rank, world).reshape(-1, micro_batch)
+        together = batch_positions(step, global_batch, rank // in_turn, world // in_turn)
+        yield from together.reshape(-1, in_turn, micro_batch)[:, rank % in_turn]
         step += 1
 
 

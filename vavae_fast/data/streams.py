@@ -45,12 +45,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process takes of each step: `global_batch / world` samples, `micro_batch` at a time (None: all at once)."""
+    """What one process takes of each step: `global_batch / world` samples, `micro_batch` at a time (None: all at once), neighbouring ones
+    or every `in_turn`-th micro-batch, see `order.micro_batches`."""
 
     global_batch: int
     rank: int = 0
     world: int = 1
     micro_batch: int | None = None
+    in_turn: int = 1
 
     def __post_init__(self):
         check_shares(self.global_batch, self.world, self.micro)
@@ -65,7 +67,7 @@ class Share:
 
     def positions(self, start: int) -> Iterator[np.ndarray]:
         """(micro,) int64 positions, for ever, from step `start`."""
-        return micro_batches(start, self.global_batch, self.rank, self.world, self.micro)
+        return micro_batches(start, self.global_batch, self.rank, self.world, self.micro, self.in_turn)
 
 
 class LatentStream:

@@ -12,16 +12,9 @@ from vavae_fast.flow.transport import Transport
 from vavae_fast.schema import OptimizerConfig
 from vavae_fast.training.checkpoint import Groups, load_tensors
 from vavae_fast.training.guard import Guard
-from vavae_fast.training.optimizer import (
-    gradient_norm,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_ema_decay,
-    set_learning_rate,
-    trainable,
-)  # fmt: skip
-from vavae_fast.training.parallel import average_gradients, reduce_gradients
+from vavae_fast.training.optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_ema_decay, set_learning_rate, trainable
+from vavae_fast.training.parallel import is_sharded, shard_place
+from vavae_fast.training.reduction import Reduction
 from vavae_kernels import AdamWEMA
 
 
@@ -42,6 +35,15 @@ class DiTState:
     ema_warmup: bool = False
     transport_late: Transport | None = None
     late_from: int = 0
+    reduction: Reduction | None = None  # how gradients are summed; None: in the order of their coming
+
+    def __post_init__(self):
+        self.reduction = self.reduction or Reduction(self.world)
+
+    @property
+    def shards(self) -> int:
+        """Over how many processes, neighbours, the weights are spread; 1: every process has all."""
+        return next((shard_place(p)[1] for p in self.model.parameters() if is_sharded(p)), 1)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.settings.lr, step, self.max_steps, self.settings.warmup_steps, self.settings.decay_fraction)
@@ -65,6 +67,12 @@ class DiTState:
         load_optimizer_tensors(self.optimizer, named, {f"ema.{name}": groups["ema"][name] for name in named}, source)
         self.guard.load_state_dict(groups["guard"])
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Everything that each replica trains for itself, by name: weights, average, moments."""
+        named = trainable(self.model)
+        averages = {f"ema.{name}": value for name, value in self.optimizer.ema_state_dict().items()}
+        return named | averages | optimizer_tensors(self.optimizer, named)
+
 
 def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> dict[str, Tensor]:
     """One optimizer step of LightningDiT on this process's micro-batches. No host sync: values are () tensors on the device.
@@ -75,19 +83,22 @@ def dit_step(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> di
         state.guard.expect_another_loss()
     set_learning_rate(state.optimizer, state.learning_rate(step))
     set_ema_decay(state.optimizer, state.ema_decay, step, state.ema_warmup)
-    means: dict[str, Tensor] = {}
-    for number, batch in enumerate(micro_batches, 1):
-        reduce_gradients(state.model, last=number == len(micro_batches))
-        terms = flow_terms(state, step, batch)
-        (terms["loss"] / len(micro_batches)).backward()
-        for key, value in terms.items():
-            means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
-    average_gradients(parameters, state.world)
-    grad_norm = gradient_norm(parameters)
+    means = state.reduction.across(dit_gradients(state, step, micro_batches))
+    grad_norm = state.reduction.norm(trainable(state.model).values())
     state.guard.step({state.optimizer: grad_norm}, state.settings.max_grad_norm)
     state.optimizer.zero_grad(set_to_none=True)
     return means | {"grad_norm": grad_norm}
+
+
+def dit_gradients(state: DiTState, step: int, micro_batches: list[LatentBatch]) -> dict[str, Tensor]:
+    """Means over this process's micro-batches of loss, mse and cos; p.grad is the gradient of its loss. Changes nothing else."""
+    state.reduction.begin(state.model, trainable(state.model).values(), len(micro_batches))
+    for batch in micro_batches:
+        state.reduction.prepare()
+        terms = flow_terms(state, step, batch)
+        (terms["loss"] / state.reduction.parts).backward()
+        state.reduction.add(terms)
+    return state.reduction.own()
 
 
 def flow_terms(state: DiTState, step: int, batch: LatentBatch) -> dict[str, Tensor]:

@@ -214,7 +214,7 @@ def _go_back(state: State, done: int, logged: int, value: float, saver: Saver, w
 
 
 class _Feed:
-    """The steps' micro-batches, from where `begin` says; closes what it leaves."""
+    """The steps' micro-batches, from where `begin` says; closes what it leaves. Counts the samples, beside those that it must bring."""
 
     def __init__(self, batches: Callable[[int], Iterator[list[Any]]]):
         self.batches = batches

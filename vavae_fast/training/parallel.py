@@ -8,6 +8,7 @@ whole on every process, and their gradients are averaged as without FSDP.
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,23 +21,29 @@ from vavae_fast.errors import require
 BUCKET_BYTES = 256 << 20
 
 
-def shard(model: nn.Module, world: World, mode: str, bf16: bool) -> nn.Module:
-    """Spread the weights of `model` (its `blocks` one by one, then the rest), already on the world's device, in place.
-
-    mode: "none" leaves it as it is; "full" spreads over all processes, "hybrid" over those of a node, nodes being replicas.
-    bf16: linear layers compute in bf16 under autocast, so their weights are gathered in bf16. One process has nothing to spread.
-    """
+def process_mesh(world: World, mode: str) -> Any:
+    """The DeviceMesh over whose dimension "shard" weights are spread: all processes (`full`), or those of a node, nodes along the dimension
+    "replicate" (`hybrid`). None where nothing is to be spread: mode `none`, or one process."""
     if mode == "none" or world.size == 1:
-        return model
+        return None
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if mode == "full":
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    else:
-        require(world.size % world.local_size == 0, "train.shard", mode, f"full: {world.size} processes are not nodes of {world.local_size} each")
-        shape = (world.size // world.local_size, world.local_size)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    require(world.size % world.local_size == 0, "train.shard", mode, f"full: {world.size} processes are not nodes of {world.local_size} each")
+    shape = (world.size // world.local_size, world.local_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, mesh: Any, bf16: bool) -> nn.Module:
+    """Spread the weights of `model` (its `blocks` one by one, then the rest), already on the mesh's device, in place; mesh None: leave them.
+
+    bf16: linear layers compute in bf16 under autocast, so their weights are gathered in bf16.
+    """
+    if mesh is None:
+        return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
     spread = {p for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters(recurse=False)}
     settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False), ignored_params=set(model.parameters()) - spread)
@@ -47,18 +54,12 @@ def shard(model: nn.Module, world: World, mode: str, bf16: bool) -> nn.Module:
     return fully_shard(model, **settings)
 
 
-def reduce_gradients(model: nn.Module, last: bool) -> None:
-    """Whether the coming backward pass of a sharded model averages its gradients: only that of a step's last micro-batch has to."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
-
-
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Replace each gradient by its mean over all processes; FSDP has averaged those of sharded parameters."""
     if world.size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
-    for bucket in _buckets(gradients):
+    for bucket in buckets(gradients):
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat)
         flat /= world.size
@@ -66,9 +67,21 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
             gradient.copy_(mean)
 
 
-def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+def gathered(part: Tensor, group: Any = None) -> Tensor:
+    """(n,) of each process of `group` -> (size, n), by rank, on all."""
+    whole = part.new_empty(dist.get_world_size(group) * len(part))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
+    gather(whole, part, group=group)
+    return whole.view(-1, len(part))
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """`tensors` in runs of one dtype and of about BUCKET_BYTES."""
     bucket: list[Tensor] = []
     for tensor in tensors:
+        if bucket and bucket[0].dtype != tensor.dtype:
+            yield bucket
+            bucket = []
         bucket.append(tensor)
         if sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
             yield bucket
@@ -91,10 +104,10 @@ def local_rows(tensor: Tensor) -> Tensor:
 
 
 def shard_place(tensor: Tensor) -> tuple[int, int, int]:
-    """(shard, shards, replica) of this process among those that hold the sharded `tensor`."""
+    """(shard, shards, replica) of this process: which rows of the sharded `tensor` it holds, and which copy of them."""
     mesh = tensor.device_mesh
-    replica = mesh.get_local_rank("replicate") if "replicate" in mesh.mesh_dim_names else 0
-    return mesh.get_local_rank("shard"), mesh.size(mesh.mesh_dim_names.index("shard")), replica
+    shards = mesh.size(mesh.mesh_dim_names.index("shard"))
+    return mesh.get_local_rank("shard"), shards, dist.get_rank() // shards
 
 
 def first_row(tensor: Tensor) -> int:

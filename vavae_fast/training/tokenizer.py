@@ -1,6 +1,6 @@
 """The VA-VAE step: paper section 3; reference vavae/ldm/models/autoencoder.py, contperceptual.py."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,15 +14,8 @@ from vavae_fast.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from vavae_fast.pixels import to_unit
 from vavae_fast.training.checkpoint import Groups, load_tensors
 from vavae_fast.training.guard import Guard
-from vavae_fast.training.optimizer import (
-    gradient_norm,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-    trainable,
-)
-from vavae_fast.training.parallel import average_gradients
+from vavae_fast.training.optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate, trainable
+from vavae_fast.training.reduction import Reduction
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -64,10 +57,12 @@ class TokenizerState:
     gradients: "Callable[[TokenizerState, int, ImageBatch], tuple[dict[str, Tensor], Gradients]]"
     max_grad_norm: float | None = None
     foundation_stream: torch.cuda.Stream | None = None  # on which the one-pass step runs `foundation`; None: on that of everything else
+    reduction: Reduction | None = None  # how gradients are summed; None: in the order of their coming
     stage: Stage = field(init=False)  # that of the step at hand
 
     def __post_init__(self):
         self.stage = self.stages[0]
+        self.reduction = self.reduction or Reduction(self.world)
 
     def stage_at(self, step: int) -> Stage:
         return next(stage for stage in self.stages if step < stage.end)
@@ -147,6 +142,11 @@ class TokenizerState:
         load_optimizer_tensors(self.optimizer_disc, trainable(self.discriminator), groups["optimizer_disc"], source)
         self.guard.load_state_dict(groups["guard"])
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Everything that each replica trains for itself, by name: weights and moments."""
+        judging = trainable(("discriminator", self.discriminator))
+        return self._parameters() | judging | optimizer_tensors(self.optimizer, self._parameters()) | optimizer_tensors(self.optimizer_disc, judging)
+
 
 def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBatch]) -> dict[str, Tensor]:
     """One step of both networks on this process's micro-batches, which are on the device. No host sync: values are () tensors there.
@@ -158,21 +158,11 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     rate = state.learning_rate(step)
     set_learning_rate(state.optimizer, rate)
     set_learning_rate(state.optimizer_disc, rate)
-    if state.autoencoder.dropout > 0:
-        _seed_dropout(state, step)
-    means: dict[str, Tensor] = {}
     statistics = [buffer.clone() for buffer in state.discriminator.buffers()]
-    with state.autocast():  # around all micro-batches: it rounds each weight once, and keeps that until it ends
-        for batch in micro_batches:
-            terms, gradients = state.gradients(state, iteration, batch)
-            accumulate(gradients, len(micro_batches))
-            for key, value in terms.items():
-                means[key] = means.get(key, 0) + value.detach() / len(micro_batches)
-            del terms, gradients  # before the next ones come to be
-
-    norms = {state.optimizer: _averaged_norm(state, state.trained().values())}
+    means = state.reduction.across(_gradients(state, step, iteration, micro_batches))
+    norms = {state.optimizer: state.reduction.norm(state.trained().values())}
     if state.weights.discriminator_factor(iteration) > 0:
-        norms[as_if_stepped(state.optimizer_disc, iteration)] = _averaged_norm(state, state.discriminator.parameters())
+        norms[as_if_stepped(state.optimizer_disc, iteration)] = state.reduction.norm(state.discriminator.parameters())
     ok = state.guard.step(norms, state.max_grad_norm)
     for now, before in zip(state.discriminator.buffers(), statistics):
         now.copy_(torch.where(ok, now, before))
@@ -181,10 +171,33 @@ def tokenizer_step(state: TokenizerState, step: int, micro_batches: list[ImageBa
     return means | _per_value(means, state.autoencoder, micro_batches[0]) | {"grad_norm": norms[state.optimizer]}
 
 
-def _seed_dropout(state: TokenizerState, step: int) -> None:
-    """PyTorch's generators by the run's seed, the step and the process: a run that continues has the masks that it would have had."""
-    place = torch.tensor([step * state.world.size + state.world.rank])
-    torch.manual_seed(int(rng.integers(state.seed, place, 1 << 31, rng.Stream.DROPOUT)))
+def tokenizer_gradients(state: TokenizerState, step: int, micro_batches: list[ImageBatch]) -> dict[str, Tensor]:
+    """Means of the terms over this process's micro-batches; p.grad is the gradient of its losses. Leaves running statistics as they were."""
+    statistics = [buffer.clone() for buffer in state.discriminator.buffers()]
+    means = _gradients(state, step, state.enter(step), micro_batches)
+    for now, before in zip(state.discriminator.buffers(), statistics):
+        now.copy_(before)
+    return means
+
+
+def _gradients(state: TokenizerState, step: int, iteration: int, micro_batches: list[ImageBatch]) -> dict[str, Tensor]:
+    reduction, networks = state.reduction, (*state.trained().values(), *state.discriminator.parameters())
+    reduction.begin(state.autoencoder, networks, len(micro_batches), state.discriminator.buffers())
+    with state.autocast():  # around all micro-batches: it rounds each weight once, and keeps that until it ends
+        for number, batch in enumerate(micro_batches):
+            reduction.prepare()
+            if state.autoencoder.dropout > 0:
+                _seed_dropout(state, (step * state.world.size + state.world.rank) * len(micro_batches) + number)
+            terms, gradients = state.gradients(state, iteration, batch)
+            accumulate(gradients, reduction.parts)
+            reduction.add(terms)
+            del terms, gradients  # before the next ones come to be
+    return reduction.own()
+
+
+def _seed_dropout(state: TokenizerState, number: int) -> None:
+    """PyTorch's generators by the run's seed and a micro-batch's number in the run: a run that continues has the masks that it would have had."""
+    torch.manual_seed(int(rng.integers(state.seed, torch.tensor([number]), 1 << 31, rng.Stream.DROPOUT)))
 
 
 def _per_value(means: dict[str, Tensor], autoencoder: AutoencoderKL, batch: ImageBatch) -> dict[str, Tensor]:
@@ -230,12 +243,6 @@ def accumulate(gradients: Gradients, parts: int) -> None:
             p.grad = gradient
         else:
             p.grad = torch.empty_like(p).copy_(gradient).div_(parts)
-
-
-def _averaged_norm(state: TokenizerState, parameters: Iterable[nn.Parameter]) -> Tensor:
-    parameters = list(parameters)
-    average_gradients(parameters, state.world)
-    return gradient_norm(parameters)
 
 
 def as_if_stepped(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
