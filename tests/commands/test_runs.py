@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from tiny import copy
 
-from vavae_fast.commands.runs import check_run_folder, locked, run_config, start_run
-from vavae_fast.config import load_config, to_mapping, to_yaml
+from vavae_fast.commands.runs import check_run_folder, locked, start_run
+from vavae_fast.config import load_config, to_yaml
 from vavae_fast.errors import BadInput
 from vavae_fast.training.saver import save_checkpoint
 
@@ -67,17 +67,7 @@ def run(tiny, tmp_path):
 def test_the_same_config_continues(run):
     folder, config = run
     assert check_run_folder(folder, config, "auto", ()) is True
-    assert (folder / "config.yaml").read_text().partition("\n")[2] == to_yaml(config)
-    assert run_config(folder) == to_mapping(config)
-    data = (folder / "config.yaml").read_bytes()
-    for at in (2, 40, len(data) // 2, data.index(b"\n")):
-        (folder / "config.yaml").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        if at == 2:  # no hash any more, and the lines are as they were
-            assert run_config(folder) == to_mapping(config)
-        else:
-            with pytest.raises(BadInput, match="config.yaml: damaged, or edited"):
-                run_config(folder)
-    (folder / "config.yaml").write_bytes(data)
+    assert (folder / "config.yaml").read_text() == to_yaml(config)
 
 
 def test_a_folder_without_checkpoints_is_new_whatever_its_config(run, tmp_path):
@@ -108,7 +98,8 @@ def test_keys_that_do_not_change_the_result_are_free(run, free):
 def test_a_key_that_the_run_did_not_know_yet_meant_its_default(run):
     folder, config = run
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text("".join(line for line in text.splitlines(True) if "deterministic:" not in line and "slots:" not in line))
+    later = ("deterministic:", "slots:", "#")  # the hash too, which an earlier version did not write
+    (folder / "config.yaml").write_text("".join(line for line in text.splitlines(True) if not line.strip().startswith(later)))
     assert (folder / "config.yaml").read_text() != text and check_run_folder(folder, config, "auto", ()) is True
     with pytest.raises(BadInput, match="train.deterministic was none, is elastic"):
         check_run_folder(folder, replace(config, train=replace(config.train, deterministic="elastic")), "auto", ())
