@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vavae_fast.distributed import STEP_TIMEOUT, World, open_world
-from vavae_fast.errors import Interrupted
+from vavae_fast.errors import Interrupted, PeerFault
 
 
 def test_one_process_needs_no_group():
@@ -25,6 +25,9 @@ def test_one_process_needs_no_group():
         world.steps_begin()
         values = torch.tensor([1.0, 2.0])
         assert torch.equal(world.mean(values), values)
+        assert world.agree(1, True) and not world.agree(1, False) and world.collectives() == 0
+        with pytest.raises(PeerFault, match="^a wrong sample$"):
+            world.agree(1, False, "a wrong sample")
         world.barrier()
     assert not torch.distributed.is_initialized()
 
@@ -76,6 +79,17 @@ def main(rank: int, ports: list[str]) -> None:
         torch.testing.assert_close(world.mean(torch.tensor([1.0 + rank, 10.0 * rank])), torch.tensor([1.5, 5.0]))
         assert world.any(rank == 1) is True and world.any(False) is False and world.any(True) is True
         assert world.from_main({"from": rank}) == {"from": 0}
+        assert world.agree(3, rank == 1) is True and world.agree(4, False) is False
+        with pytest.raises(PeerFault, match="^rank 0 is out of step: at step 5 after 1 collectives, where the other is at step 6 after 1. Nothing"):
+            world.agree(5 + rank, False)
+        with pytest.raises(PeerFault, match="^rank 1: read a wrong sample. Nothing"):
+            world.agree(6, False, "read a wrong sample" if rank == 1 else None)
+        if rank == 0:
+            torch.distributed.all_reduce(torch.ones(1), async_op=True)
+        with pytest.raises(PeerFault, match="^rank 1 is out of step: at step 7 after 1 collectives, where the other is at step 7 after 2. Nothing"):
+            world.agree(7, False)
+        if rank == 1:
+            torch.distributed.all_reduce(torch.ones(1))
         world.steps_begin()
         assert torch.distributed.group.WORLD._get_backend(world.device).options._timeout == STEP_TIMEOUT
         world.barrier()

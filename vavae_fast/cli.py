@@ -1,7 +1,7 @@
 """The command line: a table of commands, and what becomes of errors.
 
-Exit status: 0 done; 2 bad input, one line on stderr; 1 a fault of ours, with traceback; 17 a device that computes wrong, one line;
-130 interrupted. Nothing here imports torch.
+Exit status: 0 done; 2 bad input, one line on stderr; 1 a fault of ours, with traceback, or of another process, which it names;
+17 a device that computes wrong, one line; 130 interrupted. Nothing here imports torch.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import traceback
 
 from vavae_fast import __version__
 from vavae_fast.commands.invoke import run_command
-from vavae_fast.errors import BadInput, HardwareFault, Interrupted
+from vavae_fast.errors import BadInput, HardwareFault, Interrupted, PeerFault
 
 COMMANDS = {
     "demo": "the whole pipeline on embedded digits, in minutes, CPU or GPU",
@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(str(error))
     except HardwareFault as error:
         return _complain(str(error), 17)
+    except PeerFault as error:
+        if debug:
+            traceback.print_exc()
+        return _complain(str(error), 1)
     except Interrupted:
         return 0
     except KeyboardInterrupt:

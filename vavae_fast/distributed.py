@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vavae_fast.errors import Interrupted
+from vavae_fast.errors import Interrupted, PeerFault
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,7 +31,7 @@ class World:
     size: int
     device: torch.device
     local_size: int = 1
-    hosts: Any = field(default=None, repr=False)  # the process group between CPUs, beside NCCL's; None: the default group is one
+    hosts: Any = field(default=None, repr=False)  # a process group between CPUs, beside the default one; None: the default one is all there is
 
     @property
     def main(self) -> bool:
@@ -56,6 +56,40 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.hosts)
         return bool(value.item())
 
+    def agree(self, step: int, stop: bool, fault: str | None = None) -> bool:
+        """Whether any process wants to stop after `step`; all call, at the end of each. Goes from CPU to CPU and does not wait for a GPU.
+
+        `PeerFault` on all, naming the culprit, when one is at another step, has begun another number of collectives, whose sums are then
+        wrong, or has found a `fault`.
+        """
+        if self.size == 1:
+            if fault is not None:
+                raise PeerFault(fault)
+            return stop
+        place = float(step), float(self.collectives())
+        asked = torch.tensor([stop, fault is not None, *place, *(-value for value in place)], dtype=torch.float64)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.hosts)
+        any_stop, any_fault, *extremes = asked.tolist()
+        if any_fault or extremes[:2] != [-value for value in extremes[2:]]:
+            raise PeerFault(self._who_differs(step, fault))
+        return bool(any_stop)
+
+    def _who_differs(self, step: int, fault: str | None) -> str:
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, (step, self.collectives(), fault), group=self.hosts)
+        faults = [f"rank {rank}: {found}" for rank, (_, _, found) in enumerate(every) if found is not None]
+        places = [(at, made) for at, made, _ in every]
+        usual = max(places, key=lambda place: (places.count(place), place))
+        others = [f"rank {rank} is out of step: at step {at} after {made} collectives, where {'most are' if self.size > 2 else 'the other is'} at "
+                  f"step {usual[0]} after {usual[1]}" for rank, (at, made) in enumerate(places) if (at, made) != usual]  # fmt: skip
+        return f"{(faults + others)[0]}. Nothing of this step was saved; the same command continues from the newest checkpoint"
+
+    def collectives(self) -> int:
+        """How many this process has begun in the default group, those that wait for others among them."""
+        if self.size == 1 or not dist.is_initialized():
+            return 0
+        return dist.group.WORLD._get_sequence_number_for_group()
+
     def from_main(self, value: Any) -> Any:
         """The main process's `value`, on every process; all must call."""
         if self.size == 1:
@@ -72,11 +106,11 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.hosts)
         return values
 
-    def steps_begin(self) -> None:
-        """From here on a process that keeps the others waiting is a fault after STEP_TIMEOUT instead of START_TIMEOUT."""
+    def steps_begin(self, timeout: timedelta = STEP_TIMEOUT) -> None:
+        """From here on a process that keeps the others waiting is a fault after `timeout` instead of START_TIMEOUT."""
         if self.size > 1:
             for group in {None, self.hosts}:
-                dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def __enter__(self) -> "World":
         return self
@@ -94,7 +128,12 @@ class World:
             return
         if isinstance(error, RuntimeError):  # perhaps a lost connection, another's fault: its record, dated in whole seconds, is to be the older
             time.sleep(1.1)
-        _error_handler().record_exception(error)
+        record_fault(error)
+
+
+def record_fault(error: BaseException) -> None:
+    """Leave `error` where torchrun looks for what ended a process."""
+    _error_handler().record_exception(error)
 
 
 def die_with_parent() -> None:
@@ -116,9 +155,9 @@ def open_world() -> World:
         _error_handler().initialize()
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, timeout=START_TIMEOUT)
-            hosts = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
         else:
             dist.init_process_group("gloo", timeout=START_TIMEOUT)
+        hosts = dist.new_group(backend="gloo", timeout=START_TIMEOUT)  # on CPUs too: what is agreed on must not meet a sum of gradients
     return World(rank, size, device, local_size, hosts)
 
 

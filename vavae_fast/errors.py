@@ -18,6 +18,10 @@ class HardwareFault(Exception):
     """A device computed something wrong. The message is one line: the step, the process, the cure. `cli.main` leaves with 17."""
 
 
+class PeerFault(RuntimeError):
+    """Another process of the run has ended, hangs or does something else. One line that names it; `cli.main` prints it and leaves with 1."""
+
+
 def require(condition: bool, name: str, found: Any, expected: str) -> None:
     """Raise `BadInput` unless `condition`; `name` is a config key or a flag, `expected` reads on from 'must be'."""
     if not condition:

@@ -132,12 +132,13 @@ class TrainConfig:
     max_skipped: int = 10  # non-finite steps in a row before the run stops
     max_rollbacks: int = 3  # times that a leap of the loss (a tokenizer's nll) sends the run back before it stops; 0: never
     max_faint: int = 200  # steps in a row with next to no gradient, and the loss where it was, before the run stops; 0: never
+    hang_seconds: float = 300.0  # that a process may give no sign of life, or a step may take, before the run ends with all stacks; 0: for ever
 
     def __post_init__(self):
         for key in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_every", "max_skipped", "audit_every"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "above 0")
-        for key in ("max_rollbacks", "max_faint"):
+        for key in ("max_rollbacks", "max_faint", "hang_seconds"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(self.slots > 0 and self.slots & (self.slots - 1) == 0, "slots", self.slots, "a power of two")
         exact = self.deterministic == "elastic"

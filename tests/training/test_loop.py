@@ -5,13 +5,15 @@ import json
 import os
 import signal
 from itertools import count, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import contents
 
+from vavae_fast.data.streams import Share
 from vavae_fast.distributed import World
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, PeerFault
 from vavae_fast.training import loop, saver
 from vavae_fast.training.checkpoint import checkpoint_fault, step_folder
 from vavae_fast.training.guard import Guard
@@ -136,7 +138,7 @@ def test_a_signal_is_answered_by_a_checkpoint(tmp_path, capsys, number):
 def test_several_processes_stop_at_the_step_they_agree_on(tmp_path, monkeypatch):
     """The signal reached another process: this one stops at the same step, and says so."""
     asked = []
-    monkeypatch.setattr(World, "any", lambda self, flag: (asked.append(flag), len(asked) == 6)[1])
+    monkeypatch.setattr(World, "agree", lambda self, step, stop, fault: (asked.append(stop), len(asked) == 6)[1])
     state, done = run(tmp_path, 20)
     assert done == 6 and asked == [False] * 6 and saved(tmp_path) == [4, 6]
     assert "another process was stopped: saved step 6" in (tmp_path / "log.txt").read_text()
@@ -270,6 +272,37 @@ def test_the_time_that_observers_take_is_no_training_time(tmp_path, clock):
     lines = logged(tmp_path)
     assert [line["seconds"] for line in lines] == [5.0] * 4
     assert all(line["images_per_second"] == 8.0 and line["mfu"] == 0.25 for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [None, "again", "another's"])
+def test_samples_that_are_not_this_processs_end_the_run_at_the_next_line(tmp_path, wrong):
+    """Step 7 is given the batch of step 6 once more, or that of the other process."""
+    share = Share(8, 1, 2, micro_batch=2)
+
+    def batches(first):
+        for step in count(first):
+            source = share if (step, wrong) != (7, "another's") else Share(8, 0, 2, micro_batch=2)
+            for positions in islice(source.positions(6 if (step, wrong) == (7, "again") else step), 2):
+                yield SimpleNamespace(index=torch.from_numpy(positions))
+
+    def steps(first):
+        each = batches(first)
+        while True:
+            yield list(islice(each, 2))
+
+    def step(state, number, micro_batches):
+        state.steps.append(number)
+        return {"loss": torch.ones(())}
+
+    state, log = Counter(), RunLog(tmp_path, "run")
+    settings = LoopSettings(tmp_path, 20, 8, 5, 100, Retention(), {"stage": "test"}, share=share)
+    if wrong is None:
+        assert train(state, step, steps, settings, ALONE, log, 3) == 20
+    else:
+        with pytest.raises(PeerFault, match=r"other samples than its own, in the 5 steps from step 5 of the run's order on \(their places add up"):
+            train(state, step, steps, settings, ALONE, log, 0)
+        assert state.steps == list(range(10)) and not (tmp_path / "checkpoints").exists()
+    log.close()
 
 
 def test_the_time_left_counts_everything_but_the_beginning(clock):

@@ -19,9 +19,9 @@ from vavae_fast.parsing import read_yaml
 _FREE = ("ckpt_path", "sample.", "log.", "vae.", "data.fid_reference_file", "data.valid_path", "data.num_workers", "data.latents_in",
          "data.params.num_workers", "data.max_corrupt", "train.ckpt", "train.log_every", "train.ckpt_every", "train.keep_", "train.micro_batch_size",
          "train.fused", "train.attention", "train.compile", "train.resume", "train.output_dir", "train.max_skipped", "train.max_rollbacks",
-         "train.max_faint", "train.audit_every", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps",
-         "lightning.trainer.max_epochs", "lightning.trainer.strategy", "lightning.trainer.accelerator", "lightning.trainer.gpus", "lightning.trainer.benchmark", "lightning.callbacks",
-         "lightning.modelcheckpoint", "train.shard")  # fmt: skip
+         "train.max_faint", "train.hang_seconds", "train.audit_every", "train.use_checkpoint", "model.use_checkpoint", "train.max_steps",
+         "lightning.trainer.max_epochs", "lightning.trainer.strategy", "lightning.trainer.accelerator", "lightning.trainer.gpus",
+         "lightning.trainer.benchmark", "lightning.callbacks", "lightning.modelcheckpoint", "train.shard")  # fmt: skip
 
 _NOT_FREE_OF_A_TOKENIZER = ("train.micro_batch_size",)  # BatchNorm and the adaptive weights look at one micro-batch
 

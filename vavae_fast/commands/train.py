@@ -191,7 +191,7 @@ def _run(plan: TrainPlan, world) -> Path:
     resident = {"stream": None, "ram": "cpu", "gpu": world.device}[d.latents_in]
     stream = LatentStream(plan.latents, c.global_seed, share, d.latent_norm, d.latent_multiplier, d.flip, world.device, resident=resident)
     settings = LoopSettings(plan.folder, c.max_steps, c.global_batch_size, c.log_every, c.ckpt_every, Retention(c.keep_last, c.keep_every),
-                            facts | dict(config=to_mapping(config)), peak)  # fmt: skip
+                            facts | dict(config=to_mapping(config)), peak, share=share, hang_seconds=c.hang_seconds)  # fmt: skip
     looks = observers(config, plan.watch, plan.latents, state, plan.micro_batch, log)
     step = dit_step
     if c.audit_every is not None:

@@ -212,7 +212,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     ends = {stage.name: stage.end for stage in plan.stages if stage.name is not None}
     keep = Retention(c.keep_last, c.keep_every, frozenset(ends.values()))
     settings = LoopSettings(plan.folder, plan.max_steps, config.global_batch_size, c.log_every, c.ckpt_every, keep,
-                            facts | dict(stages=ends, config=to_mapping(config)), stages=ends)  # fmt: skip
+                            facts | dict(stages=ends, config=to_mapping(config)), stages=ends, share=share, hang_seconds=c.hang_seconds)  # fmt: skip
     looks = observers(config, plan.watch, state, plan.micro_batch, log)
     step = tokenizer_step
     if c.audit_every is not None:

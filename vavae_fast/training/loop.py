@@ -13,16 +13,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vavae_fast.distributed import World
+from vavae_fast.data.streams import Share
+from vavae_fast.distributed import STEP_TIMEOUT, World
 from vavae_fast.errors import BadInput
 from vavae_fast.training.checkpoint import Groups, checkpoints, latest_checkpoint, load_checkpoint, sweep
 from vavae_fast.training.guard import Guard
+from vavae_fast.training.heartbeat import Heart
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.saver import Retention, Saver
 
@@ -54,6 +58,9 @@ class LoopSettings:
     facts: dict[str, Any]  # into every checkpoint's manifest
     peak_images_per_second: float | None = None  # at which the model's own FLOPs would fill all devices; None: not known, no MFU
     stages: Mapping[str, int] = field(default_factory=dict)  # a run's parts in their order and the steps done at their ends; none: it has no parts
+
+    share: Share | None = None  # what this process takes of each step's samples, which is then watched; None: batches are not of the run's order
+    hang_seconds: float = 300.0  # that a process may give no sign of life, or a step may take, before the run ends; 0: for ever
 
     def stage(self, step: int) -> str | None:
         """The name of the part that the step number `step`, counted from 1, belongs to."""
@@ -134,27 +141,37 @@ def train(
     checkpoint_folder = settings.folder / "checkpoints"
     done = logged = start
     stage = None
-    # The saver meets the other processes; a signal that comes while they do not is not to be put off.
-    with Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver, StopSignal() as stop, _Feed(batches) as feed:
+    # Saver and heart meet the other processes; a signal that comes while they do not is not to be put off.
+    with (
+        Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver,
+        Heart(settings.folder, world, settings.hang_seconds) as heart,
+        StopSignal() as stop,
+        _Feed(batches, settings.share, world.device) as feed,
+    ):
         feed.begin(start + state.guard.passed_over)
         while done < settings.max_steps:
             done += 1
             if settings.stage(done) != stage:
                 stage = settings.stage(done)
                 log.say(f"stage {stage}: to step {settings.stages[stage]:,}")
+            heart.at(done, f"waits for {feed.awaited()}")
             with meter.waiting():
-                micro_batches = next(feed.steps)
+                micro_batches = feed.next()
+            heart.at(done, "trains")
             meter.add(step(state, done - 1, micro_batches))
             if done == start + 1:
-                world.steps_begin()
+                world.steps_begin(max(STEP_TIMEOUT, timedelta(seconds=2 * settings.hang_seconds)))
+                heart.steps_begin()
             ends = done == settings.max_steps or done in settings.stages.values()
             place = {"step": done} | ({"stage": stage} if stage else {})
-            seen = _look(observers, done, ends, meter)
+            seen = _look(observers, done, ends, meter, heart)
             if seen and not (done % settings.log_every == 0 or ends):
                 log.values(place | seen)
+            fault = None
             if done % settings.log_every == 0 or ends:
                 values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)} | seen
                 log.step(place | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
+                fault = feed.fault()
                 state.guard.check(done, settings.global_batch)
                 watched = values[state.guard.watches]
                 state.guard.pulse.feel(done, done - logged, values.get("grad_norm", math.nan), watched)
@@ -165,8 +182,9 @@ def train(
                     continue
                 logged = done
                 meter.restart()
-            stopped = world.any(saver.check() or stop.name is not None)
+            stopped = world.agree(done, saver.check() or stop.name is not None, fault)
             if done % settings.ckpt_every == 0 or ends or stopped:
+                heart.at(done, "saves", limited=False)
                 saver.save(done, state.groups())
                 if ends or stopped:
                     saver.finish()
@@ -178,13 +196,15 @@ def train(
     return settings.max_steps
 
 
-def _look(observers: Sequence[Observer], done: int, ends: bool, meter: "_Meter") -> dict[str, float]:
+def _look(observers: Sequence[Observer], done: int, ends: bool, meter: "_Meter", heart: Heart) -> dict[str, float]:
     """The values of those that are due."""
     seen: dict[str, float] = {}
     for observer in observers:
         if done % observer.every == 0 or ends:
+            heart.at(done, "looks at what it has learnt", limited=False)
             with meter.paused():
                 seen |= observer.look(done)
+            heart.at(done, "trains")
     return seen
 
 
@@ -216,13 +236,44 @@ def _go_back(state: State, done: int, logged: int, value: float, saver: Saver, w
 class _Feed:
     """The steps' micro-batches, from where `begin` says; closes what it leaves. Counts the samples, beside those that it must bring."""
 
-    def __init__(self, batches: Callable[[int], Iterator[list[Any]]]):
-        self.batches = batches
+    def __init__(self, batches: Callable[[int], Iterator[list[Any]]], share: Share | None, device: torch.device):
+        self.batches, self.share, self.device = batches, share, device
         self.steps: Iterator[list[Any]] = iter(())
 
     def begin(self, step: int) -> None:
         self.__exit__()
         self.steps = self.batches(step)
+        self.step = step
+        self._count_from_here()
+
+    def next(self) -> list[Any]:
+        micro_batches = next(self.steps)
+        self.step += 1
+        for batch in micro_batches if self.share is not None else ():
+            self.sum += batch.index.sum()
+        return micro_batches
+
+    def awaited(self) -> str:
+        """The samples of the coming step, for who waits for them."""
+        if self.share is None:
+            return f"batch {self.step:,}"
+        return f"its samples of the run's order from {next(self.share.positions(self.step))[0]:,} on"
+
+    def fault(self) -> str | None:
+        """What is wrong with the samples since the last call: their places in the run's order must be this process's. One host sync, which
+        waits for nothing where a log line has been read."""
+        if self.share is None:
+            return None
+        first, found = self.counted, int(self.sum)
+        batches = islice(self.share.positions(first), self.share.batches_per_step * (self.step - first))
+        expected = sum(int(positions.sum()) for positions in batches)
+        steps = self.step - first
+        self._count_from_here()
+        wrong = f"was given other samples than its own, in the {steps} steps from step {first:,} of the run's order on"
+        return f"{wrong} (their places add up to {found:,}, not {expected:,})" if found != expected else None
+
+    def _count_from_here(self) -> None:
+        self.counted, self.sum = self.step, torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __enter__(self) -> "_Feed":
         return self
@@ -275,7 +326,8 @@ class _Meter:
 
     def read(self, world: World) -> dict[str, float]:
         """Means over the steps since the window began and over all processes: one host sync."""
-        means = world.mean(torch.stack([value.float() for value in self.sums.values()]) / self.steps).tolist()
+        # fp64, divided at the end: the mean of what is the same on all processes is that, however many they are.
+        means = (world.mean(torch.stack([value.double() for value in self.sums.values()])) / self.steps).tolist()
         now = time.perf_counter()
         seconds = now - self.started
         self._pace(now, seconds)

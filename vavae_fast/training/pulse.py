@@ -74,6 +74,6 @@ class Pulse:
         if self.faint >= self.max_faint:
             raise BadInput(
                 f"the run no longer learns: its gradient norm was {norm:.2g} or so in the {self.faint} steps up to step {step}, of "
-                f"{self.norm.highest:.2g} that it had, and the loss stands at {loss:.4g}. Continue from a checkpoint of before with a lower learning rate or clipped "
-                "gradients (max_grad_norm), or set train.max_faint=0 to go on all the same"
+                f"{self.norm.highest:.2g} that it had, and the loss stands at {loss:.4g}. Continue from a checkpoint of before with a lower learning "
+                "rate or clipped gradients (max_grad_norm), or set train.max_faint=0 to go on all the same"
             )
