@@ -95,7 +95,7 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path}: not valid JSON ({type(error).__name__}); it is damaged, or not ours") from None
     if isinstance(value, dict) and (SEAL in value or value.get("format") == FORMAT):  # a flipped bit cannot hide both
         if not seal_is_whole(value):
-            raise BadInput(f"{path}: damaged, or edited: its seal is not that of its content; take it from a copy, or make it again")
+            raise BadInput(f"{path}: damaged, or edited: its seal is not that of its content; take it from a copy, or remove it")
         del value[SEAL]
     return value
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import done
 
+from vavae_fast import artifacts
 from vavae_fast.cli import main
 from vavae_fast.commands import build
 from vavae_fast.commands import evaluate as module
@@ -171,13 +172,13 @@ def test_two_results_are_compared_with_what_made_them(tiny, out, inception, caps
     assert "made_by.facts.sampler.cfg_scale: 1.0 -> 3.0" in said and "% error of the difference" in said and "not of the same measurement" not in said
     done("evaluate", "--compare", str(out / "a.json"), str(out / "a.json"))
     assert "made alike" in capsys.readouterr().out
-    changed = json.loads((out / "a.json").read_text())
+    changed = artifacts.read_json(out / "a.json")
     changed["protocol"]["inception_sha256"] = "f" * 64
-    (out / "c.json").write_text(json.dumps(changed))
+    artifacts.write_json(out / "c.json", changed)
     done("evaluate", "--compare", str(out / "a.json"), str(out / "c.json"))
     said = capsys.readouterr().out
     assert "! protocol.inception_sha256" in said and "not of the same measurement" in said
-    (out / "c.json").write_text(json.dumps(changed | dict(precision=None, recall=0.5)))
+    artifacts.write_json(out / "c.json", changed | dict(precision=None, recall=0.5))
     capsys.readouterr()
     done("evaluate", "--compare", str(out / "a.json"), str(out / "c.json"))
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:3]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import copy, done, files
 
-from vavae_fast import VAVAEPipeline
+from vavae_fast import VAVAEPipeline, artifacts
 from vavae_fast.cli import main
 from vavae_fast.errors import BadInput
 
@@ -86,9 +86,9 @@ def moved_run(tiny, target, data_path, tokenizer):
     """The run with another machine's paths in its checkpoints."""
     run = copy(tiny.dit_run, target)
     for manifest in run.glob("checkpoints/*/manifest.json"):
-        content = json.loads(manifest.read_text())
+        content = artifacts.read_json(manifest)
         content["config"]["data"]["data_path"], content["config"]["vae"]["ckpt_path"] = data_path, tokenizer
-        manifest.write_text(json.dumps(content))
+        artifacts.write_json(manifest, content)
     return run
 
 
@@ -128,9 +128,9 @@ def test_a_damaged_checkpoint_is_refused(tiny, out):
 def test_the_guide_of_a_run_is_left_out_aloud(tiny, out, capsys):
     run = copy(tiny.dit_run, out / "dit")
     manifest = run / "checkpoints" / "step_00000004" / "manifest.json"
-    content = json.loads(manifest.read_text())
+    content = artifacts.read_json(manifest)
     content["config"]["sample"]["guide"] = "weak.pt"
-    manifest.write_text(json.dumps(content))
+    artifacts.write_json(manifest, content)
     assert loaded(run).config.sample.guide is None and "sample.guide is left out" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import contents, copy, done, files
 
+from vavae_fast import artifacts
 from vavae_fast.cli import main
 from vavae_fast.config import load_config, to_mapping
 from vavae_fast.training.checkpoint import ROWS, load_checkpoint
@@ -137,9 +138,9 @@ def test_other_images_or_latents_are_refused_and_a_new_name_of_theirs_is_not(tin
     done("train-tokenizer", *again, "--override", "data")
 
     run = copy(tiny.dit_run, out / "dit")
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = artifacts.read_json(run / "manifest.json")
     manifest["data"]["count"] += 1
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    artifacts.write_json(run / "manifest.json", manifest)
     words = tiny.dit(out, "dit", "train.max_steps=6")
     assert main(["train", *words]) == 2
     assert "was trained on other data: count was 17, is 16; give the same" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from tiny import copy
 
-from vavae_fast.commands.runs import check_run_folder, locked, start_run
-from vavae_fast.config import load_config, to_yaml
+from vavae_fast.commands.runs import check_run_folder, locked, run_config, start_run
+from vavae_fast.config import load_config, to_mapping, to_yaml
 from vavae_fast.errors import BadInput
 from vavae_fast.training.saver import save_checkpoint
 
@@ -67,7 +67,17 @@ def run(tiny, tmp_path):
 def test_the_same_config_continues(run):
     folder, config = run
     assert check_run_folder(folder, config, "auto", ()) is True
-    assert (folder / "config.yaml").read_text() == to_yaml(config)
+    assert (folder / "config.yaml").read_text().partition("\n")[2] == to_yaml(config)
+    assert run_config(folder) == to_mapping(config)
+    data = (folder / "config.yaml").read_bytes()
+    for at in (2, 40, len(data) // 2, data.index(b"\n")):
+        (folder / "config.yaml").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        if at == 2:  # no hash any more, and the lines are as they were
+            assert run_config(folder) == to_mapping(config)
+        else:
+            with pytest.raises(BadInput, match="config.yaml: damaged, or edited"):
+                run_config(folder)
+    (folder / "config.yaml").write_bytes(data)
 
 
 def test_a_folder_without_checkpoints_is_new_whatever_its_config(run, tmp_path):

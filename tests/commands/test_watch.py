@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny import contents, copy, done, files, launched, metrics
 
+from vavae_fast import artifacts
 from vavae_fast.cli import main
 from vavae_fast.commands import build, watch
 from vavae_fast.commands.networks import sampler_settings
@@ -199,9 +200,9 @@ def test_what_cannot_be_watched_is_one_line_before_anything_is_written(tiny, hel
 
 def test_latents_of_another_tokenizer_are_refused(tiny, held_out, out, capsys, tmp_path):
     folder = copy(held_out, tmp_path / "other")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = artifacts.read_json(folder / "manifest.json")
     manifest["facts"]["tokenizer"] = "0" * 64
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    artifacts.write_json(folder / "manifest.json", manifest)
     assert main(["train", *tiny.dit(out, "dit", f"data.valid_path={folder}")]) == 2
     assert f"{folder}: made by another tokenizer than {tiny.latents}; extract both with one" in capsys.readouterr().err
 

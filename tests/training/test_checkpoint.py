@@ -120,10 +120,10 @@ def test_a_manifest_may_not_name_files_elsewhere(tmp_path):
     """A hostile manifest: a name that leaves the folder is no file of this checkpoint."""
     path = save(tmp_path, 1, groups())
     save_file({"x": torch.ones(1)}, tmp_path / "outside.safetensors")
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = artifacts.read_json(path / "manifest.json")
     outside = tmp_path / "outside.safetensors"
     manifest["files"]["../outside.safetensors"] = {"bytes": outside.stat().st_size, "sha256": artifacts.sha256(outside)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    artifacts.write_json(path / "manifest.json", manifest)
     with pytest.raises(BadInput, match="manifest.json is damaged"):
         load_checkpoint(path)
 

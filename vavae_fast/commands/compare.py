@@ -11,9 +11,9 @@ from typing import Any
 from vavae_fast import artifacts
 from vavae_fast.commands import _html
 from vavae_fast.commands.report import Run, points, read_run, values_of
+from vavae_fast.commands.runs import run_config
 from vavae_fast.config import flatten
 from vavae_fast.errors import BadInput, is_number, require
-from vavae_fast.parsing import read_yaml
 
 EXAMPLE = "vavae-fast compare output/lightningdit_xl output/lightningdit_xl_fused --out compare.html"
 
@@ -69,7 +69,7 @@ def plan(config: None, args: Namespace) -> ComparePlan:
         raise BadInput(f"--out: {args.out} is a folder; give a file, as {args.out / 'compare.html'}")
     runs = dict(zip(_names(args.runs), map(_read, args.runs)))
     artifacts.require_writable(args.out.parent)
-    configs = {name: flatten(read_yaml(run.folder / "config.yaml")) if run.config else {} for name, run in runs.items()}
+    configs = {name: flatten(run_config(run.folder)) if run.config else {} for name, run in runs.items()}
     kinds = {settings.get("model.model_type") for settings in configs.values()}
     reference = args.x != "hours" and (args.reference or PUBLISHED_MODEL in kinds)
     require(args.x != "hours" or not args.reference, "--reference", "--x hours", "with --x step or images: the published log has no comparable time")

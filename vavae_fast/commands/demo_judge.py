@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vavae_fast import artifacts
+from vavae_fast import artifacts, evaluation
 from vavae_fast.commands import build
 from vavae_fast.commands.demo_stages import ARMS, GUIDANCE, SHOWN, SIZE, TEST, DemoPlan, Timeline, samples_folder
 from vavae_fast.commands.sample import write_samples
@@ -64,8 +63,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
 
 def read_samples(folder: Path) -> tuple[Tensor, Tensor]:
     """samples.npz -> images (N, 3, H, W) uint8, labels (N,)."""
-    with np.load(folder / "samples.npz", allow_pickle=False) as file:
-        return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"])
+    return evaluation.read_samples(folder / "samples.npz")
 
 
 def _scores(samples: Tensor, labels: Tensor, classifier: RBFClassifier, real: Tensor, real_labels: Tensor, train: Tensor) -> dict[str, float]:

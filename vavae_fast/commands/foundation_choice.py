@@ -1,11 +1,11 @@
 """Which foundation model a tokenizer run is aligned with: `use_vf`, or `--foundation package.module:factory`. Imports no torch."""
 
-import json
 from argparse import ArgumentParser
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
+from vavae_fast import artifacts
 from vavae_fast.config import TokenizerConfig
 from vavae_fast.errors import BadInput
 from vavae_fast.models.foundation_models import USER_MODEL, foundation_entry
@@ -41,7 +41,7 @@ def check_same_module(folder: Path, import_path: str | None, allowed: Iterable[s
     path = folder / "manifest.json"
     if _KEY in set(allowed) or not path.is_file() or not any((folder / "checkpoints").glob("step_*/manifest.json")):
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("foundation") or ""
+    before = artifacts.read_json(path).get("foundation") or ""
     if ":" in before and not before.startswith("timm:") and before != import_path:
         cure = f"give it again, or add --override {_KEY}, or choose another train.exp_name"
         raise BadInput(f"{folder}: started with --foundation {before}{f', not {import_path}' if import_path else ''}; {cure}")

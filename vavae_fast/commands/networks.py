@@ -61,13 +61,17 @@ def _require_fp8() -> None:
 def _guide(config: LightningDiTConfig, which: str) -> tuple[Any, dict[str, Any] | None]:
     """The lesser model of sample.guide and what identifies it. A run folder brings its own config; weights alone are of this config's model."""
     from vavae_fast.commands import build
+    from vavae_fast.commands.runs import run_config
     from vavae_fast.config import load_config
 
     if config.sample.guide is None:
         return None, None
     path = given_path(config.sample.guide, "sample.guide", "run folder or weights of the lesser model")
     own = next((folder / "config.yaml" for folder in (path, *path.parents[:2]) if (folder / "config.yaml").is_file()), None)
-    theirs = load_config(own) if path.is_dir() and own else config
+    theirs = config
+    if path.is_dir() and own:
+        run_config(own.parent)  # refuses one that is not what the run wrote
+        theirs = load_config(own)
     takes = lambda c: (c.model.in_chans, c.latent_size, c.data.num_classes) if isinstance(c, LightningDiTConfig) else None
     if takes(theirs) != takes(config):
         raise BadInput(f"{path}: sample.guide takes other latents or classes than the model; give a LightningDiT trained on the same data")

@@ -1,6 +1,7 @@
 """Run folders: made, locked, compared with the config that made them, continued."""
 
 import fcntl
+import hashlib
 import os
 import socket
 from argparse import ArgumentParser
@@ -41,7 +42,7 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
         raise BadInput(f"{folder}: holds checkpoints of an earlier run; continue it with --resume auto, or choose another train.exp_name")
     if (folder / "config.yaml").is_file() and held:
         defaults, now = flatten(to_mapping(type(config)())), flatten(to_mapping(config))
-        before = defaults | flatten(read_yaml(folder / "config.yaml"))  # a key that came later meant its default
+        before = defaults | flatten(run_config(folder))  # a key that came later meant its default
         free = _FREE if isinstance(config, LightningDiTConfig) else tuple(key for key in _FREE if key not in _NOT_FREE_OF_A_TOKENIZER)
         changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(free) and k not in set(allowed)]
         if changed:
@@ -49,6 +50,22 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
             cure = f"take it back, add {' '.join(f'--override {key}' for key in changed[:5])}, or choose another train.exp_name"
             raise BadInput(f"{folder}: started with another config: {differences}; {cure}")
     return held
+
+
+_CONFIG_HASH = "# sha256 of what follows: "  # the first line of a run's config.yaml
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """What a run's config.yaml says; `BadInput` when it is not what the run wrote. One without the hash, an earlier version's, is taken as it is."""
+    path = folder / "config.yaml"
+    first, _, text = path.read_bytes().partition(b"\n")
+    if first.startswith(_CONFIG_HASH.encode()) and first != f"{_CONFIG_HASH}{_sha256(text)}".encode():
+        raise BadInput(f"{path}: damaged, or edited: its hash is not that of its lines; take it from a copy, or remove its first line")
+    return read_yaml(path)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_same_data(folder: Path, data: dict[str, Any], allowed: Iterable[str]) -> None:
@@ -98,7 +115,8 @@ def _still_at(path: Path, file: TextIO) -> bool:
 
 def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json of a run; a continued run's are replaced by the present ones."""
-    artifacts.write_text(folder / "config.yaml", to_yaml(config))
+    text = to_yaml(config)
+    artifacts.write_text(folder / "config.yaml", f"{_CONFIG_HASH}{_sha256(text.encode())}\n{text}")
     artifacts.write_json(folder / "manifest.json", artifacts.manifest("run", **facts))
 
 

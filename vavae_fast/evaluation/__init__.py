@@ -12,7 +12,7 @@ from vavae_fast.evaluation.inception_score import inception_score
 from vavae_fast.evaluation.judge import Agreement, RBFClassifier, class_agreement, nearest_distances, pixel_frechet, spread
 from vavae_fast.evaluation.precision_recall import precision_recall
 from vavae_fast.evaluation.reconstruction import psnr, ssim
-from vavae_fast.evaluation.reference import NpzImages, ReferenceStatistics, load_reference, save_reference
+from vavae_fast.evaluation.reference import NpzImages, ReferenceStatistics, load_reference, read_samples, save_reference
 from vavae_fast.evaluation.similarity import similarity_map
 from vavae_fast.evaluation.uniformity import neighbour_distance_cv, uniformity
 
@@ -37,6 +37,7 @@ __all__ = [
     "pixel_frechet",
     "precision_recall",
     "psnr",
+    "read_samples",
     "require_count",
     "require_metrics",
     "save_reference",

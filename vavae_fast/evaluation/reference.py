@@ -106,6 +106,25 @@ class NpzImages:
                 yield torch.frombuffer(bytearray(data), dtype=torch.uint8).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
+def read_samples(path: Path | str, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first `most` images (n, 3, H, W) uint8 and labels (n,) int64 of an .npz as `vavae-fast sample` writes it; None: all.
+
+    The others are read too, to the checksum at their end.
+    """
+    images = NpzImages(path)
+    with _reading(images.path), zipfile.ZipFile(images.path) as archive:
+        _header(archive, "arr_1")
+        labels = _read_array(archive, "arr_1")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise BadInput(f"{path}: arr_1 is {labels.dtype} {labels.shape}, labels are integers ({len(images)},)")
+    kept, count = [], 0
+    for batch in images:
+        if most is None or count < most:
+            kept.append(batch)
+            count += len(batch)
+    return torch.cat(kept)[:most], torch.from_numpy(labels.astype(np.int64))[:most]
+
+
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype of an array; unless it is a pickle, it fills its file: of less the checksum at the end is never met."""
     size = archive.getinfo(f"{name}.npy").file_size
@@ -143,7 +162,7 @@ def _reading(path: Path) -> Iterator[None]:
     except BadInput:
         raise
     except KeyError:
-        raise BadInput(f"{path}: holds no arr_0; images are stored under that name, uint8 (N, H, W, 3)") from None
+        raise BadInput(f"{path}: holds no arr_0 or arr_1; under these names lie images, uint8 (N, H, W, 3), and their labels") from None
     except (*ZIP_FAULTS, RecursionError, MemoryError) as error:  # the last two: of a header that is no header
         reason = (str(error).splitlines() or [""])[0] if type(error) is ValueError else type(error).__name__
         raise BadInput(f"{path}: cannot be read ({reason}); if it is damaged or cut short, copy it again") from None

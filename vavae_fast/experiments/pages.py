@@ -102,7 +102,7 @@ def _told_verdict(verdict: Verdict) -> str:
 
 def _samples(results: Results) -> list[tuple[str, str]]:
     """The first images of each arm's last samples, first seed."""
-    import numpy as np
+    from vavae_fast.evaluation import read_samples
 
     size = results.scale.images.size
     count, enlarged = (20, 4) if size <= 32 else (4, 1)
@@ -110,8 +110,8 @@ def _samples(results: Results) -> list[tuple[str, str]]:
     for name, over_seeds in results.arms.items():
         work = over_seeds[0][0]
         if isinstance(work, LightningDiT) and results.lab.result(work) is not None:
-            with np.load(work.samples_folder(results.lab, work.marks[-1]) / "samples.npz", allow_pickle=False) as file:
-                figures += _html.figure(_html.png_grid(file["arr_0"][:count], count, max(1, enlarged * 8 // size), name), name)
+            images, _ = read_samples(work.samples_folder(results.lab, work.marks[-1]) / "samples.npz", count)
+            figures += _html.figure(_html.png_grid(images.permute(0, 2, 3, 1).numpy(), count, max(1, enlarged * 8 // size), name), name)
     return [("Samples without guidance, first seed", figures)] if figures else []
 
 
