@@ -115,6 +115,17 @@ def test_a_key_that_the_run_did_not_know_yet_meant_its_default(run):
         check_run_folder(folder, replace(config, train=replace(config.train, deterministic="elastic")), "auto", ())
 
 
+def test_a_tokenizer_of_several_stages_continues(tiny, tmp_path):
+    """Their list has a default, which is no key of a config that has stages."""
+    config = load_config(tiny.root / "tokenizer.yaml", ("stages=[{name: a, steps: 3}, {name: b, steps: 2}]",))
+    start_run(tmp_path / "run", config, {})
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, [], {})
+    assert check_run_folder(tmp_path / "run", config, "auto", ()) is True
+    longer = load_config(tiny.root / "tokenizer.yaml", ("stages=[{name: a, steps: 4}, {name: b, steps: 2}]",))
+    with pytest.raises(BadInput, match="stages.a.steps was 3, is 4"):
+        check_run_folder(tmp_path / "run", longer, "auto", ())
+
+
 @pytest.mark.parametrize("bound", [dict(global_batch_size=8), dict(global_seed=1), dict(ema_decay=0.5), dict(precision="bf16")])
 def test_keys_that_change_it_are_not(run, bound):
     folder, config = run

@@ -145,7 +145,9 @@ class TallyFile:
             self.saved = time.perf_counter()
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """And what a kill within `write` has left beside it."""
+        for path in (self.path, self.path.with_name(f"{self.path.name}.tmp")):
+            path.unlink(missing_ok=True)
 
 
 def reconstruction_scores(

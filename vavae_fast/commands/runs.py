@@ -42,7 +42,8 @@ def check_run_folder(folder: Path, config: Config, resume: str, allowed: Iterabl
         raise BadInput(f"{folder}: holds checkpoints of an earlier run; continue it with --resume auto, or choose another train.exp_name")
     if (folder / "config.yaml").is_file() and held:
         defaults, now = flatten(to_mapping(type(config)())), flatten(to_mapping(config))
-        before = defaults | flatten(run_config(folder))  # a key that came later meant its default
+        known = {key: value for key, value in defaults.items() if key in now}  # a key that came later meant its default
+        before = known | flatten(run_config(folder))
         free = _FREE if isinstance(config, LightningDiTConfig) else tuple(key for key in _FREE if key not in _NOT_FREE_OF_A_TOKENIZER)
         changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and not k.startswith(free) and k not in set(allowed)]
         if changed:
