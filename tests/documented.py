@@ -25,9 +25,9 @@ from vavae_fast.config import LightningDiTConfig, TokenizerConfig, load_config
 from vavae_fast.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = {"cd", "git", "source", "sbatch", "mkdir", "python3"}  # commands of the reader's machine, beside those that are checked
+ELSEWHERE = {"cd", "git"}  # commands of the reader's machine, beside those that are checked
 ANY = "…"
-_PLACES = ("configs", "vavae_fast", "kernels", "tests", "benchmarks", "csrc", "docs", "examples", "train.py", "constraints.txt", "Makefile")
+_PLACES = set("configs vavae_fast kernels tests benchmarks csrc docs examples scripts train.py constraints.txt Makefile Dockerfile".split())
 _FILE = r"\.(py|pt|yaml|md|npz|safetensors|txt|json|jsonl|html|sh)$"
 _FENCE = re.compile(r"^(?P<fence>```+)[ ]*(?P<language>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
 
@@ -93,6 +93,10 @@ def check(words: list[str]) -> None:
         assert all(word in targets or "=" in word for word in rest), words
     elif name in ("pip", "uv"):
         assert set(_extras(rest)) <= _known_extras(), words
+    elif name == "sbatch":
+        script = next(place for place, word in enumerate(rest) if word.startswith("scripts/"))
+        assert (ROOT / rest[script]).is_file(), words
+        _check_ours(rest[script + 1 :])
     elif "/" in name:
         assert (ROOT / name).is_file(), f"{name}: no such file"
     elif name == "pytest":
