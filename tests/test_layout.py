@@ -14,7 +14,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-BASE = {"config", "parsing", "schema", "tokenizer_schema", "errors", "rng", "artifacts", "distributed", "pixels", "torch_files", ""}
+BASE = {"config", "parsing", "schema", "tokenizer_schema", "errors", "rng", "artifacts", "distributed", "launched", "pixels", "torch_files", ""}
 # Room -> the rooms that it may import. commands, experiments, pipeline, cli and __main__ are the top: they may import everything.
 ALLOWED = {
     "base": {"base"},

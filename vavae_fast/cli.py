@@ -13,6 +13,7 @@ import traceback
 from vavae_fast import __version__
 from vavae_fast.commands.invoke import run_command
 from vavae_fast.errors import BadInput, HardwareFault, Interrupted, PeerFault
+from vavae_fast.launched import die_with_parent, world_size
 
 COMMANDS = {
     "demo": "the whole pipeline on embedded digits, in minutes, CPU or GPU",
@@ -82,6 +83,8 @@ def _main(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise BadInput(f"no command {argv[0]!r}{_nearest(argv[0])}; commands: {', '.join(COMMANDS)}")
+    if world_size() > 1:
+        die_with_parent()  # before anything takes time: a launcher may be killed while its workers start
     run_command(argv[0], argv[1:])
     return 0
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast.errors import BadInput
+from vavae_fast.launched import world_size
 from vavae_fast.parsing import apply_overrides, flatten, read_yaml, to_dataclass, to_mapping, to_yaml
 from vavae_fast.schema import SAMPLE_PRESETS, LightningDiTConfig, SampleConfig
 from vavae_fast.tokenizer_schema import TokenizerConfig
@@ -56,11 +57,6 @@ def given_images(value: str | None, key: str, what: str) -> str:
     if value and (value.startswith("builtin:") or "*" in Path(value).name or "{" in Path(value).name):
         return value
     return str(given_path(value, key, what))
-
-
-def world_size() -> int:
-    """How many processes the launcher started, known before any of them talks to another."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def accumulation(global_batch: int, micro_batch: int | None, processes: int) -> tuple[int, int]:

@@ -1,9 +1,6 @@
 """Ranks and collectives. One process needs no process group; `torchrun` gives several, over NCCL or gloo."""
 
-import ctypes
 import os
-import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vavae_fast.errors import Interrupted, PeerFault
-
-_PR_SET_PDEATHSIG = 1
+from vavae_fast.launched import die_with_parent
 
 # How long a process waits for the others before it gives up, and with it the run.
 START_TIMEOUT = timedelta(minutes=30)  # reading and verifying a checkpoint, compiling
@@ -134,12 +130,6 @@ class World:
 def record_fault(error: BaseException) -> None:
     """Leave `error` where torchrun looks for what ended a process."""
     _error_handler().record_exception(error)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when its parent ends, so that a killed launcher leaves no orphan."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def open_world() -> World:

@@ -12,7 +12,7 @@ from tiny import contents, copy, done, files, launched, metrics
 from vavae_fast import rng
 from vavae_fast.cli import main
 from vavae_fast.commands import build, extract
-from vavae_fast.commands.runs import locked
+from vavae_fast.commands.run_lock import locked
 from vavae_fast.config import load_config
 from vavae_fast.data import open_images, open_latents
 from vavae_fast.data.images import Images

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.runs import locked
+from vavae_fast.commands.run_lock import locked
 from vavae_fast.config import LightningDiTConfig, given_images, world_size
 from vavae_fast.errors import BadInput, Interrupted, require
 

@@ -146,7 +146,7 @@ def run(plan: ReproducePlan) -> Path:
     """Run what is missing."""
     import torch
 
-    from vavae_fast.commands.runs import locked
+    from vavae_fast.commands.run_lock import locked
     from vavae_fast.experiments.runner import run_experiments
 
     print(_told(plan), flush=True)

@@ -1,15 +1,12 @@
-"""Run folders: made, locked, compared with the config that made them, continued."""
+"""Run folders: made, compared with the config that made them, continued."""
 
-import fcntl
 import hashlib
-import os
-import socket
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.config import Config, LightningDiTConfig, flatten, to_mapping, to_yaml
@@ -81,37 +78,6 @@ def check_same_data(folder: Path, data: dict[str, Any], allowed: Iterable[str]) 
     if changed:
         differences = ", ".join(f"{key} was {held[key]}, is {data[key]}" for key in changed)
         raise BadInput(f"{folder}: was trained on other data: {differences}; give the same, add --override data, or choose another train.exp_name")
-
-
-@contextmanager
-def locked(folder: Path, cure: str = "choose another train.exp_name") -> Iterator[None]:
-    """Hold `folder` for this process; a second holder is `BadInput`, with another `cure` than to wait. The lock dies with its holder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.lock"
-    with open(path, "a+", encoding="utf-8") as file:
-        if not _lock(file) or not _still_at(path, file):
-            file.seek(0)
-            raise BadInput(f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it, or {cure}")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _still_at(path: Path, file: TextIO) -> bool:
-    """Whether the locked file is the one that others will find: its last holder may have removed it since it was opened."""
-    return path.exists() and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
 
 
 def start_run(folder: Path, config: Config, facts: dict[str, Any]) -> None:

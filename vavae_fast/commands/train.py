@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
-from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, locked, resume_arguments, run_steps, start_run
+from vavae_fast.commands.run_lock import locked
+from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, resume_arguments, run_steps, start_run
 from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, slots_of_process, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands.foundation_choice import check_same_module, foundation_argument, with_foundation
-from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, locked, resume_arguments, run_steps, start_run
+from vavae_fast.commands.run_lock import locked
+from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, resume_arguments, run_steps, start_run
 from vavae_fast.commands.tokenizer_stages import PlannedStage, plan_stages, run_length
 from vavae_fast.config import TokenizerConfig, accumulation, given_images, given_path, run_folder, slots_of_process, to_mapping, to_yaml, world_size
 from vavae_fast.errors import BadInput, require

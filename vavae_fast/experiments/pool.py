@@ -72,7 +72,7 @@ def _begin(processes: int, parent: int) -> None:
     global _parent
     import torch
 
-    from vavae_fast.distributed import die_with_parent
+    from vavae_fast.launched import die_with_parent
 
     _parent = parent
     die_with_parent()
