@@ -8,14 +8,20 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 RUN_DEMO ?= runs/demo
 TEST_JOBS ?= 2
+SIZE ?= 1
+SEED ?= 0
 
-.PHONY: demo test lint bench bench-report clean
+.PHONY: demo test torture lint bench bench-report clean
 
 demo: $(VENV)/.core
 	$(BIN)/vavae-fast demo --out $(RUN_DEMO)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -n $(TEST_JOBS) --dist worksteal $(PYTEST)
+
+# Faults, tried and counted: kills, flipped bits, full disks, …; SIZE=10 takes ten times as long, SEED=3 draws others.
+torture: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture --size $(SIZE) --seed $(SEED) $(TORTURE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

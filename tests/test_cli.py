@@ -114,6 +114,7 @@ def raising(error):
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "Disk full", "/a/b"), 2, "error: /a/b: Disk full; make room, or choose another output folder\n"),
         (OSError(errno.ENOSPC, "Disk full"), 2, "error: file system: Disk full; make room, or choose another output folder\n"),
+        (OSError(errno.EIO, "I/O", "/a"), 2, "error: /a: I/O; the disk or its connection is failing; save what is there, and choose another path\n"),
         (PermissionError(errno.EACCES, "Denied", "/a"), 2, "error: /a: Denied; choose another path, or change its permissions\n"),
         (MemoryError(), 2, "error: out of memory; use a smaller batch (train.micro_batch_size, sample.per_proc_batch_size)\n"),
     ],
@@ -124,7 +125,7 @@ def test_what_becomes_of_errors(monkeypatch, capsys, error, status, said):
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), RuntimeError("ours"), ValueError("ours"), OSError(errno.EIO, "ours")])
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), RuntimeError("ours"), ValueError("ours"), OSError(errno.EBADF, "ours")])
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, error):
     monkeypatch.setattr(cli, "run_command", raising(error))
     with pytest.raises(type(error)):

@@ -35,7 +35,7 @@ COMMANDS = {
 
 # Of the user's file system, not of ours: one line, status 2.
 _USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-               errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP}  # fmt: skip
+               errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ESTALE}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,6 +116,7 @@ def _file_system_line(error: OSError) -> str:
         errno.ENOSPC: "make room, or choose another output folder",
         errno.EDQUOT: "the quota is used up; make room, or choose another output folder",
         errno.ENOENT: "check the path",
+        errno.EIO: "the disk or its connection is failing; save what is there, and choose another path",
     }
     cure = cures.get(error.errno, "choose another path, or change its permissions")
     return f"{error.filename or 'file system'}: {error.strerror}; {cure}"
