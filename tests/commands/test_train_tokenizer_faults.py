@@ -65,7 +65,7 @@ def test_a_stages_end_that_cannot_be_saved_stops_the_run(tiny, out, undisturbed,
         patched.setattr(saver, "write_tensors", full)
         assert main(words(tiny, out)) == 2
     said = capsys.readouterr()
-    assert "the checkpoint of step 4 was not saved: " in said.out and "make room, and start the same command again" in said.err
+    assert "the checkpoint of step 4 was not saved: " in said.out and "mend that, and start the same command again" in said.err
     assert [path.name for path in (out / "t" / "checkpoints").iterdir()] == ["step_00000003"]
     goes_on(tiny, out, undisturbed)
 

@@ -119,6 +119,17 @@ def test_a_full_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
 # -- which stay -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_never_saved(tmp_path, value):
+    """A run could continue from nothing else, once the checkpoints before are gone."""
+    save(tmp_path, 1)
+    spoilt = groups()
+    spoilt["optimizer"]["exp_avg.a.weight"][2, 1] = value
+    with pytest.raises(SaveFailed, match="optimizer.safetensors: exp_avg.a.weight holds NaN or infinity; stop, and continue from the checkpoint"):
+        save(tmp_path, 2, spoilt)
+    assert names(tmp_path) == ["step_00000001"]
+
+
 def test_the_last_k_whole_ones_are_kept(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step, keep=Retention(2))

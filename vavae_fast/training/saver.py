@@ -10,6 +10,7 @@ temporary folder goes, and training goes on without that checkpoint.
 """
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -105,13 +106,13 @@ def ready() -> Callable[[], None]:
 def save_checkpoint(folder: Path, step: int, parts: list[Part], facts: dict[str, Any], rank: int = 0, group: Any = None) -> Path:
     """Write `parts`, this process's of all in `group` (None: there is no other), as the checkpoint of `step`; all must call.
 
-    `SaveFailed` on all when one cannot; nothing of that step is left then. A damaged folder of that step, which the run went back
+    `SaveFailed` on all when one cannot, or holds a NaN; nothing of that step is left then. A damaged folder of that step, which the run went back
     behind, is kept beside it as `*.damaged`; a whole one is never written over.
     """
     final = step_folder(folder, step)
     temporary = final.with_name(final.name + ".tmp")
     main = rank == 0
-    sizes = _together(group, lambda: sum(part.bytes for part in parts))
+    sizes = _together(group, lambda: _size(parts))
     try:
         _together(group, lambda: _prepare(final, temporary, sum(sizes)) if main else None)
         written = _together(group, lambda: _write(temporary, parts))
@@ -140,6 +141,15 @@ def _together(group: Any, action: Callable[[], Any]) -> list[Any]:
     if faults:
         raise SaveFailed(faults[0])
     return [result for result, _ in outcomes]
+
+
+def _size(parts: list[Part]) -> int:
+    """Bytes. `BadInput` for a NaN or infinity, wherever it came from: saved, it would be all that a run could continue from."""
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if tensor.is_floating_point() and tensor.numel() and not all(math.isfinite(end) for end in tensor.aminmax()):
+                raise BadInput(f"{part.name}: {name} holds NaN or infinity; stop, and continue from the checkpoint before")
+    return sum(part.bytes for part in parts)
 
 
 def _prepare(final: Path, temporary: Path, size: int) -> None:
@@ -245,7 +255,7 @@ class Saver:
         """Wait for the save in flight. `BadInput` when the newest checkpoint could not be saved."""
         self.settle()
         if self.failures:
-            raise BadInput(f"{self.folder}: the last checkpoint could not be saved, see above; make room, and start the same command again")
+            raise BadInput(f"{self.folder}: the last checkpoint could not be saved: {self.fault}; mend that, and start the same command again")
 
     def _write(self, step: int, parts: list[Part], wait: Callable[[], None]) -> str | None:
         wait()
