@@ -29,7 +29,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 
-from benchmarks import checks, operators, optimizers, patched, sampling, steps, tokenizer_steps, tuning
+from benchmarks import checks, elastic, operators, optimizers, patched, sampling, steps, tokenizer_steps, tuning
 from benchmarks.ceilings import UNKNOWNS, Rates, bounds, ceilings
 from benchmarks.guards import read as read_guards
 from benchmarks.records import RESULTS, ROOT, Records, Row, lines, smi
@@ -223,6 +223,12 @@ def other_code(bench: Bench) -> None:
         _compare(bench, step)
 
 
+def exactness(bench: Bench) -> None:
+    """What train.deterministic: elastic costs a step."""
+    for step in elastic.REHEARSED if bench.rehearse else elastic.STEPS:
+        _compare(bench, step)
+
+
 def _measure(bench: Bench, case: operators.Case) -> None:
     last = f"{case.key}/{'backward' if case.spec.gradients else 'forward'}"
     if bench.missing(last):
@@ -276,7 +282,7 @@ def _write_configurations(bench: Bench) -> None:
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine, "ceilings": measured_ceilings, "unknowns": unknowns, "correctness": correctness, "step": main_step,
     "sampling": whole_draws, "tokenizer": tokenizer, "operators": first_operators, "steps": other_steps, "examples": other_code,
-    "more-operators": other_operators, "configs": configurations,
+    "elastic": exactness, "more-operators": other_operators, "configs": configurations,
 }  # fmt: skip
 
 
