@@ -5,6 +5,7 @@ Few samples bias FID upwards by much the same amount each time (Chong & Forsyth 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -20,7 +21,7 @@ LEAST = 2048  # samples: fewer leave the covariance of 2,048 features without fu
 class FidJudge:
     """inception(uint8 images (n, 3, H, W)).pool -> (n, 2048); mu, sigma: the reference's moments of the same features."""
 
-    inception: Callable[[Tensor], object]
+    inception: Callable[[Tensor], Any]
     mu: np.ndarray
     sigma: np.ndarray
 

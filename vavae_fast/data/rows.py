@@ -3,7 +3,7 @@
 import ctypes
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def gather_rows(
 
 
 @cache
-def _compiled() -> ctypes.CDLL | None:
+def _compiled() -> Callable[..., int] | None:
     try:
         gather = library("latent_rows", torch.device("cpu")).gather_rows
     except BuildError as error:
