@@ -180,3 +180,15 @@ def test_an_earlier_manifest_has_no_seal(tmp_path):
     (tmp_path / "a.json").write_text('{"kind": "run", "format": 2}')
     with pytest.raises(BadInput, match="a.json: damaged, or edited"):
         artifacts.read_json(tmp_path / "a.json")
+
+
+def test_the_names_of_new_folders_are_synced_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(artifacts, "sync", synced.append)
+    artifacts.make_folder(tmp_path / "runs" / "run")
+    assert (tmp_path / "runs" / "run").is_dir() and synced == [tmp_path, tmp_path / "runs"]
+    artifacts.make_folder(tmp_path / "runs" / "run")
+    assert len(synced) == 2
+    with artifacts.replacing(tmp_path / "samples" / "a") as temporary:
+        temporary.touch()
+    assert synced[2:] == [tmp_path, temporary, tmp_path / "samples"]

@@ -31,7 +31,7 @@ ZIP_FAULTS += (zipfile.lzma.LZMAError,) if zipfile.lzma else ()  # Python can be
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any error removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -49,6 +49,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> Path:
+    """A folder and its parents, each new name synced: what is written into it is lost with a name that a power cut takes."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

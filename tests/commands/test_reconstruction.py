@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny import done, launched
 
@@ -22,6 +23,7 @@ from vavae_fast.data import open_images
 from vavae_fast.evaluation import feature_statistics, frechet_distance, psnr, ssim
 from vavae_fast.models import LPIPS
 from vavae_fast.pixels import to_uint8, to_unit
+from vavae_fast.training import checkpoint
 from vavae_fast.training.heldout import spread_rows
 
 
@@ -131,6 +133,17 @@ def test_one_batch_is_held_at_a_time(tiny, photos, monkeypatch):
     monkeypatch.setattr(Reconstructor, "_scored", watched)
     done(*words(tiny, photos, "--metrics", "psnr", "--batch", "1"))
     assert len(most) == 11 and max(most) <= 2, "the one at hand, and the one before until its name is taken"
+
+
+def test_a_full_disk_ends_an_evaluation_in_one_line(tiny, photos, out, monkeypatch, capsys):
+    def full(*words):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(reconstruction, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert main([*words(tiny, photos, "--metrics", "psnr"), "--json", str(out / "scores.json")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot be written" in said and "No space left" in said and not list(out.glob("*.tmp"))
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_bits(tiny, photos, out, monkeypatch, capsys):

@@ -80,7 +80,7 @@ def scheme(baseline: Baseline) -> Scheme:
         baseline.name,
         lambda folder: baseline.write(folder, state(1), 1),
         lambda folder: baseline.write(folder, state(2), 2),
-        lambda folder: _verdict(baseline, folder),
+        lambda folder, ended: _verdict(baseline, folder),
     )
 
 

@@ -32,20 +32,23 @@ class Scheme:
     name: str
     before: Callable[[Path], None]  # what lies in the folder when the save begins
     save: Callable[[Path], None]
-    verdict: Callable[[Path], tuple[str, str] | None]  # what is found afterwards: None, or "lost" or "wrong", and how
+    verdict: Callable[[Path, bool], tuple[str, str] | None]  # folder, whether the save had ended -> None, or "lost" or "wrong", and how
 
 
 # -- what is done to each ---------------------------------------------------------------------------------------------
 
 
 def every_event(schemes: list[Scheme], effort: Effort, tally: Tally, loss: str = "none") -> None:
-    """Kill each scheme's save at its events, all at size 1, within a write after some part of it too; `loss`: see `power_cut`."""
+    """Kill each scheme's save at its events, all at size 1, within a write after some part of it too, and once when it has ended.
+
+    loss: "none", "content" or "names", see `power_cut`.
+    """
     draw = effort.draw(tally.fault)
     with in_memory(effort.folder) as folder:
         for scheme in schemes:
             events = _saved(scheme, folder / "saves").events
             points = [(at, torn) for at, event in enumerate(events, 1) for torn in ((0.0, draw.random()) if event.name == "write" else (0.0,))]
-            for at, torn in sorted(draw.sample(points, min(len(points), effort.count(len(points))))):
+            for at, torn in [*sorted(draw.sample(points, min(len(points), effort.count(len(points))))), (len(events) + 1, 0.0)]:
                 _one(scheme, folder / "saves", at, torn, loss, tally)
 
 
@@ -60,12 +63,10 @@ def in_memory(otherwise: Path) -> Iterator[Path]:
 def _one(scheme: Scheme, folder: Path, at: int, torn: float, loss: str, tally: Tally) -> None:
     there: set[str] = set()
     watch = _saved(scheme, folder, at, torn, there)
-    if not watch.killed:  # a save may take a few events less than the one that was counted
-        return
     tally.tried += 1
     if loss != "none":
         power_cut(watch.events, there, names=loss == "names")
-    found = scheme.verdict(folder)
+    found = scheme.verdict(folder, not watch.killed)
     if found is not None:
         last = watch.events[-1] if watch.events else None
         tally.fail(found[0], f"{scheme.name}, killed at event {at}{f', {torn:.3f} of it done' if torn else ''}, after {last}: {found[1]}")
@@ -179,19 +180,23 @@ def ours(power: bool) -> list[Scheme]:
     """`power`: a cut may leave a removed checkpoint's name with a part of its files, so a name alone says nothing there."""
 
     def verdict(newest: int):
-        return lambda folder: _verdict(folder, newest, named_is_whole=not power)
+        return lambda run, ended: _verdict(run / "checkpoints", 6 if ended else newest, named_is_whole=not power)
+
+    def inside(action: Callable[..., None], *words: int) -> Callable[[Path], None]:
+        return lambda run: action(run / "checkpoints", *words)
 
     return [
-        Scheme("the first save", lambda folder: None, lambda folder: _save(folder, 6), verdict(0)),
-        Scheme("a save after which an older checkpoint goes", lambda folder: _write(folder, 2, 4), lambda folder: _save(folder, 6), verdict(4)),
-        Scheme("a start among litter, and a save", _litter, _resume, verdict(4)),
-        Scheme("a save over a damaged checkpoint", _damaged, _resume, verdict(4)),
-        Scheme("back to an older checkpoint, and a save", lambda folder: _write(folder, 2, 4, 6), _go_back, verdict(4)),
+        Scheme("the first save", lambda run: None, inside(_save, 6), verdict(0)),
+        Scheme("a save after which an older checkpoint goes", inside(_write, 2, 4), inside(_save, 6), verdict(4)),
+        Scheme("a start among litter, and a save", inside(_litter), inside(_resume), verdict(4)),
+        Scheme("a save over a damaged checkpoint", inside(_damaged), inside(_resume), verdict(4)),
+        Scheme("back to an older checkpoint, and a save", inside(_write, 2, 4, 6), inside(_go_back), verdict(4)),
     ]
 
 
 def _verdict(folder: Path, newest: int, named_is_whole: bool) -> tuple[str, str] | None:
     """What a run that is started again finds: at least the checkpoint of step `newest`, litter that it can sweep, room for the next save."""
+    folder.mkdir(exist_ok=True)
     litter = [path.name for path in folder.iterdir() if path.suffix in (".tmp", ".del")]
     if len(litter) > 2:
         return "wrong", f"{len(litter)} folders of litter: {litter}"
@@ -204,7 +209,7 @@ def _verdict(folder: Path, newest: int, named_is_whole: bool) -> tuple[str, str]
     path = latest_checkpoint(folder, lambda line: None)
     step = 0 if path is None else int(path.name[5:])
     if step < newest:
-        return "lost", f"the newest whole checkpoint is {path}, that of step {newest} was there before; {faults}"
+        return "lost", f"the newest whole checkpoint is {path}, that of step {newest} was saved; {faults}"
     if path is not None and not _holds(path, step):
         return "wrong", f"{path} verifies and does not hold what was saved"
     _save(folder, step + 2)

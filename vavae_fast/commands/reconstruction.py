@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vavae_fast import artifacts, rng
@@ -24,6 +23,7 @@ from vavae_fast.evaluation import FeatureStatistics, frechet_distance, psnr, ssi
 from vavae_fast.models.autoencoder import AutoencoderKL
 from vavae_fast.models.inference import matmul_precision
 from vavae_fast.pixels import to_uint8, to_unit
+from vavae_fast.training.checkpoint import write_tensors
 from vavae_fast.training.heldout import spread_rows
 from vavae_fast.training.log import readable_time
 from vavae_fast.training.previews import write_grid
@@ -141,7 +141,7 @@ class TallyFile:
         """Once in SAVED_EVERY seconds."""
         if time.perf_counter() - self.saved >= SAVED_EVERY:
             with artifacts.replacing(self.path) as temporary:
-                save_file(tally.state_dict(), temporary, {"identity": self.identity})
+                write_tensors(temporary, tally.state_dict(), {"identity": self.identity})
             self.saved = time.perf_counter()
 
     def remove(self) -> None:

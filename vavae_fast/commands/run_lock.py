@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from vavae_fast.artifacts import make_folder
 from vavae_fast.errors import BadInput
 
 LEASE = 15.0  # seconds: a holder on another machine shows that it lives well within
@@ -23,7 +24,7 @@ def locked(folder: Path, cure: str = "choose another train.exp_name") -> Iterato
     Not every shared file system tells one machine of another's locks, and some have none: so the holder also dates its file anew all the
     time, and who finds the name of one that the system's lock does not speak for waits for a LEASE to see whether it does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "run.lock"
     with open(path, "a+", encoding="utf-8") as file:
         lock = _lock(file)

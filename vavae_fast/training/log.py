@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vavae_fast.artifacts import write_text
+from vavae_fast.artifacts import make_folder, write_text
 from vavae_fast.training.boards import Board, open_boards
 
 _SPARED_FIRST = ("lr", "mcos", "mdms", "mse", "rec", "valid_psnr", "valid_mse", "data")  # on a narrow terminal
@@ -28,7 +28,7 @@ class RunLog:
         self.last_line, self.open_line = -math.inf, False
         self.boards: list[Board] = []
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self.metrics, self.text = _Lines(folder / "metrics.jsonl"), _Lines(folder / "log.txt")
             self.boards = open_boards(boards, folder, title, config or {})
 

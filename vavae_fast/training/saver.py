@@ -161,7 +161,8 @@ def _prepare(final: Path, temporary: Path, size: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    artifacts.make_folder(final.parent)
+    temporary.mkdir()
 
 
 def _write(temporary: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
