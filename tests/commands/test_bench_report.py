@@ -132,3 +132,17 @@ def test_record_takes_a_demos_result_in(checkout, tmp_path, capsys):
     text = (checkout / "README.md").read_text()
     assert "seed 7" in text and "| none | 20.0 dB | 90.0 % / 40.0 | 100.0 % |" in text
     assert main(["bench-report", "--root", str(checkout), "--check"]) == 0
+
+
+def test_the_experiments_of_reproduce_are_recorded_and_told(checkout, tmp_path):
+    """Their claims, early and at the end, with what they were made on; the file is named by scale and device."""
+    claim = dict(experiment="dilemma", claim="VF helps", score="Fréchet", early="seen (+8.0, +9.0)", at_end="not seen, one seed (-1.0)", seeds=2)
+    told = dict(scale="demo", protocol="Small digits.", early_steps=100, claims=[claim], versions={"torch": "2.13.0"}, time="2026-01-02T03")
+    (tmp_path / "rep").mkdir()
+    (tmp_path / "rep" / "summary.json").write_text(json.dumps(told))
+    assert main(["bench-report", "--root", str(checkout), "--record", str(tmp_path / "rep")]) == 0
+    (kept,) = (checkout / "benchmarks" / "results").glob("reproduce-demo-*.json")
+    assert json.loads(kept.read_text())["claims"] == [claim]
+    text = (checkout / "README.md").read_text()
+    assert "| experiment | claim of the paper | by | after 100 steps | at the end | scale | seeds |" in text and "Small digits." in text
+    assert "| dilemma | VF helps | Fréchet | seen (+8.0, +9.0) | not seen, one seed (-1.0) | demo | 2 |" in text

@@ -11,6 +11,7 @@ from vavae_fast.experiments import catalogue, pages
 from vavae_fast.experiments.convergence import speed_up, speed_ups
 from vavae_fast.experiments.experiment import Claim, Results
 from vavae_fast.experiments.runner import plan_experiments
+from vavae_fast.experiments.summary import markdown, summary
 from vavae_fast.experiments.work import Lab
 
 
@@ -115,7 +116,7 @@ def test_every_page_is_written_from_scores(scales, tmp_path, monkeypatch, name):
 
 
 def test_summary_is_a_table_of_claims(results):
-    lines = pages.summary([results]).splitlines()
+    lines = markdown(summary([results], results.scale)).splitlines()
     assert lines[2] == "| convergence | aligned d16 is ahead | Fréchet, of pixels | seen (+40.0, +40.0) | seen (+10.0, +10.0) | demo | 2 |"
     assert len(lines) == 4 and all(line.count("|") == 8 for line in lines)
 

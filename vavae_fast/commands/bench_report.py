@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="the checkout: README.md, benchmarks/, docs/; default here")
-    parser.add_argument("--record", type=Path, metavar="RUN", help="first copy in the result of a demo run")
+    parser.add_argument("--record", type=Path, metavar="RUN", help="first copy in the result of a demo run, or of reproduce's folder")
     parser.add_argument("--check", action="store_true", help="write nothing; status 2 if the README is not what the results say")
 
 
@@ -52,17 +52,17 @@ def plan(config: None, args: Namespace) -> BenchReportPlan:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise BadInput(f"{readme}: no {BEGIN} … {END} to write between")
-    demos = {path.name: _demo_result(path.read_text(encoding="utf-8"), path) for path in sorted(results.glob("demo-*.json"))}
+    kept = {path.name: _kept(path) for kind in ("demo", "reproduce") for path in sorted(results.glob(f"{kind}-*.json"))}
     files = {}
     if args.record:
         name, result = record(args.record)
-        demos[name] = result
+        kept[name] = result
         files[results / name] = json.dumps(result, indent=1) + "\n"
     measured = newest(results)
     wanted = _guards(guards)
     plots = {device: f"docs/bench-{_file_name(device)}.svg" for device, rows in measured.items() if _shares(rows, wanted)}
     files |= {root / plots[device]: plot(device, _shares(measured[device], wanted)) for device in plots}
-    parts = [*(_demo(demo) for demo in demos.values()), *_gpu(measured, wanted, plots)]
+    parts = [*(_told(result) for result in kept.values()), *_gpu(measured, wanted, plots)]
     files[readme] = f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
     return BenchReportPlan(files, args.check)
 
@@ -206,20 +206,24 @@ def _file_name(device: str) -> str:
     return re.sub(r"\W+", "-", device).strip("-")
 
 
-# -- the demo --------------------------------------------------------------------------------------------------------
+# -- results of whole commands ---------------------------------------------------------------------------------------
 
 
 def record(folder: Path) -> tuple[str, Row]:
-    """A demo's run folder -> the name of its result file and what that holds."""
+    """A demo's run folder, or that of `reproduce` -> the name of its result file and what that holds."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = _device()
+    where = "gpu" if "CUDA" in device else "cpu"
+    if (folder / "summary.json").is_file():
+        result = _kept(folder / "summary.json")
+        return f"reproduce-{result['scale']}-{where}.json", dict(commit=commit, device=device, **result)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         seconds = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["seconds"]
         kept = {key: metrics[key] for key in ("time", "versions", "seed", "protocol", "arms", "held_out", "shown", "stages")}
     except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
         raise BadInput(f"{folder}: not the folder of a finished demo: {error}; make one with vavae-fast demo") from error
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = _device()
-    return f"demo-{'gpu' if 'CUDA' in device else 'cpu'}.json", dict(commit=commit, device=device, seconds=round(seconds, 1), **kept)
+    return f"demo-{where}.json", dict(commit=commit, device=device, seconds=round(seconds, 1), **kept)
 
 
 def _device() -> str:
@@ -230,11 +234,24 @@ def _device() -> str:
     return f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
 
 
-def _demo_result(text: str, path: Path) -> Row:
+def _kept(path: Path) -> Row:
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}: not JSON: {error}") from error
+
+
+def _told(result: Row) -> str:
+    return _reproduced(result) if "claims" in result else _demo(result)
+
+
+def _reproduced(result: Row) -> str:
+    from vavae_fast.experiments.summary import NOTE, markdown
+
+    return (
+        f"**The paper in miniature** (`vavae-fast reproduce all --scale {result['scale']}`, {result['device']}, torch {result['versions']['torch']}, "
+        f"commit {result['commit']}, {result['time'][:10]}). {result['protocol']}\n\n{markdown(result)}\n\n{NOTE}"
+    )
 
 
 def _demo(result: Row) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 from vavae_fast import artifacts
 from vavae_fast.commands import _html
-from vavae_fast.experiments.experiment import Claim, Results, Verdict
+from vavae_fast.experiments.experiment import Claim, Results
 from vavae_fast.experiments.scale import Scale
 from vavae_fast.experiments.stages import LightningDiT
+from vavae_fast.experiments.summary import NOTE, markdown, summary, told
 from vavae_fast.experiments.work import Lab, Work, in_order
 
 _QUICK = "This was a quick run of a few steps, to see that everything works: its numbers mean nothing."
@@ -52,10 +53,10 @@ def _told(results: Results, work: Work) -> dict[str, Any]:
 
 def _verdict(results: Results, claim: Claim) -> dict[str, Any]:
     """At the end, and after the first mark's steps."""
-    told = dict(claim=claim.says, better=claim.better, worse=claim.worse, score=claim.score.key)
+    facts = dict(claim=claim.says, better=claim.better, worse=claim.worse, score=claim.score.key)
     at_end, early = results.verdict(claim), results.verdict(claim, results.scale.marks[0])
     early_told = dict(steps=results.scale.marks[0], differences=early.differences, seen=early.seen)
-    return told | dict(differences=at_end.differences, seen=at_end.seen, early=early_told)
+    return facts | dict(differences=at_end.differences, seen=at_end.seen, early=early_told)
 
 
 def score_table(results: Results) -> str:
@@ -84,20 +85,9 @@ def verdict_table(several: Sequence[Results]) -> str:
     rows = [("claim of the paper", f"after {early:,} steps", "at the end", "by", "compared")]
     for results in several:
         for claim in results.experiment.claims(results.scale):
-            told = (_told_verdict(results.verdict(claim, early)), _told_verdict(results.verdict(claim)))
-            rows.append((claim.says, *told, claim.score.title, f"{claim.better} over {claim.worse}"))
-    note = (
-        "In brackets the difference of each seed; above 0 it agrees with the claim. Seen: every seed agrees and the mean exceeds the standard "
-        "deviation over seeds. A Fréchet distance of samples holds the tokenizer's own error too, which is most of it where LightningDiT has "
-        "learned all it can: the earlier comparison says more about how easily latents are learned."
-    )
-    return _html.table(rows) + _html.paragraph(note) if len(rows) > 1 else _html.paragraph("The paper makes no claim of this kind.")
-
-
-def _told_verdict(verdict: Verdict) -> str:
-    score = verdict.claim.score
-    differences = ", ".join(f"{score.factor * d:+.{score.digits}f}" for d in verdict.differences)
-    return f"{verdict.seen} ({differences})" if differences else verdict.seen
+            verdicts = (told(results.verdict(claim, early)), told(results.verdict(claim)))
+            rows.append((claim.says, *verdicts, claim.score.title, f"{claim.better} over {claim.worse}"))
+    return _html.table(rows) + _html.paragraph(NOTE) if len(rows) > 1 else _html.paragraph("The paper makes no claim of this kind.")
 
 
 def _samples(results: Results) -> list[tuple[str, str]]:
@@ -128,25 +118,14 @@ def _arms(results: Results) -> str:
 
 
 def write_overview(lab: Lab, scale: Scale, planned: Sequence[Any], failed: Mapping[str, str]) -> Path:
-    """<out>/report.html of all experiments asked for, and summary.md: claim, what is seen, scale, seeds, spread."""
+    """<out>/report.html of all experiments asked for, and summary.md and summary.json: claim, what is seen, scale, seeds, spread."""
     several = [Results(one.experiment, scale, lab, one.arms, failed) for one in planned if one.needs is None]
     pages = [("experiment", "page")] + [(r.experiment.title, f"{r.experiment.name}/report.html") for r in several]
     lacking = "".join(_html.paragraph(f"{one.experiment.name}: {one.needs}") for one in planned if one.needs)
-    told = _html.paragraph(scale.says) + (_html.paragraph(_QUICK) if scale.quick else "")
-    sections = [("Claims", verdict_table(several) + told), ("Pages", _html.table(pages) + lacking)]
-    artifacts.write_text(lab.out / "summary.md", summary(several))
+    facts = _html.paragraph(scale.says) + (_html.paragraph(_QUICK) if scale.quick else "")
+    sections = [("Claims", verdict_table(several) + facts), ("Pages", _html.table(pages) + lacking)]
+    found = summary(several, scale)
+    artifacts.write_json(lab.out / "summary.json", found)
+    artifacts.write_text(lab.out / "summary.md", markdown(found) + "\n")
     artifacts.write_text(lab.out / "report.html", _html.page(f"The paper in miniature: {scale.name} scale", sections))
     return lab.out / "report.html"
-
-
-def summary(several: Sequence[Results]) -> str:
-    """A table in Markdown: claim of the paper, what is seen here early and at the end, difference by seed, scale and number of seeds."""
-    early = next((results.scale.marks[0] for results in several), 0)
-    lines = [f"| experiment | claim of the paper | by | after {early:,} steps | at the end | scale | seeds |", "|---|---|---|---|---|---|---|"]
-    for results in several:
-        for claim in results.experiment.claims(results.scale):
-            at_end = results.verdict(claim)
-            told = f"{_told_verdict(results.verdict(claim, early))} | {_told_verdict(at_end)}"
-            where = f"{results.scale.name} | {len(at_end.differences)}"
-            lines.append(f"| {results.experiment.name} | {claim.says} | {claim.score.title} | {told} | {where} |")
-    return "\n".join(lines) + "\n"
