@@ -153,6 +153,7 @@ def test_weights_gathered_in_bf16_are_those_that_autocast_rounds(runs):
     """Two summands have no order, so a run in bf16 with whole weights and one with spread weights must agree in every bit."""
     mine, theirs = (groups(runs / f"bf16_{mode}", 6) for mode in ("full", "none"))
     assert [line["loss"] for line in lines(runs / "bf16_full")] == [line["loss"] for line in lines(runs / "bf16_none")]
+    del mine["guard"], theirs["guard"]  # it remembers gradient norms, whose squares are added shard by shard
     assert_same_bits(mine, theirs)
     assert mine["model"]["blocks.0.attn.qkv.weight"].dtype == torch.float32
 
