@@ -7,9 +7,11 @@ its own. The exit status is 1 when anything was lost, wrong or hung in our own r
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -59,6 +61,7 @@ def apart(name: str, effort: Effort) -> list[Tally]:
     result = effort.folder / "tallies.json"
     child = os.fork()
     if child == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process
         try:
             run = getattr(importlib.import_module(f"torture.{campaign}"), part or "run")
             result.write_text(json.dumps([asdict(tally) for tally in run(effort)]))
