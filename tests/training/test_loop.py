@@ -305,6 +305,20 @@ def test_samples_that_are_not_this_processs_end_the_run_at_the_next_line(tmp_pat
     log.close()
 
 
+def test_a_disk_that_gives_no_samples_is_named_with_them(tmp_path):
+    share = Share(8, 1, 2, micro_batch=4)
+
+    def batches(first):
+        yield [SimpleNamespace(index=next(map(torch.from_numpy, share.positions(first))))]
+        raise OSError(5, "Input/output error")
+
+    settings = LoopSettings(tmp_path, 20, 8, 5, 100, Retention(), {"stage": "test"}, share=share)
+    log = RunLog(tmp_path, "run")
+    with pytest.raises(BadInput, match=r"^its samples of the run's order from 36 on: cannot be read \(.*Input/output error\); look after the disk"):
+        train(Counter(), lambda state, number, batch: {"loss": torch.ones(())}, batches, settings, ALONE, log, 3)
+    log.close()
+
+
 def test_the_time_left_counts_everything_but_the_beginning(clock):
     """The first window takes 100 s a step (compilation); afterwards 1 s a step, and 5 s between windows."""
     meter = loop._Meter(8)

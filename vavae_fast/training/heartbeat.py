@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +79,7 @@ class Heart:
         self.silent = {rank: 0 for rank in range(world.size) if rank != world.rank}  # beats missed
         self.still = 0.0  # seconds, by beats, that the main thread has been where it is
         self.since, self.longest = time.monotonic(), 0.0  # when it came there; the longest that it was anywhere with a limit
-        self.over = threading.Event()
+        self.over, self.ending = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def at(self, step: int, doing: str, limited: bool = True) -> None:
@@ -103,6 +104,8 @@ class Heart:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and self.ending.is_set():
+            self.thread.join()  # which ends the process, once it has said of what: this error is of that, or of how another ended for it
         self.over.set()
         self.thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -148,7 +151,8 @@ class Heart:
             return
 
     def _note(self, text: str) -> None:
-        self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n".encode())
+        with suppress(OSError):  # a full disk stops no verdict
+            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n".encode())
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -178,14 +182,14 @@ class Heart:
 
     def _end(self, gone: list[int], mute: list[int]) -> None:
         """Leave this process's stacks and, when the others had the time to leave theirs, the verdict; then end."""
-        waited = self.still
+        self.ending.set()
+        waited, speaks = self.still, self.world.rank == min(set(range(self.world.size)) - {*gone, *mute})
         self._leave_stacks()
-        self.over.wait(2 * self.period)
-        if self.over.is_set():  # the main thread has come to an end of its own, with what it knows
+        if self.over.wait((2 if speaks else 5) * self.period):  # the main thread has come to a good end after all
             return
         self._look_around()
         line = self._verdict(gone, mute, waited)
-        if self.world.rank == min(set(range(self.world.size)) - {*gone, *mute}):
+        if speaks:
             self._note(line)
             print(f"error: {line}", file=sys.stderr, flush=True)
         if self.world.size > 1:

@@ -163,15 +163,16 @@ def train(
                 world.steps_begin(max(STEP_TIMEOUT, timedelta(seconds=2 * settings.hang_seconds)))
                 heart.steps_begin()
             ends = done == settings.max_steps or done in settings.stages.values()
+            line_due = done % settings.log_every == 0 or ends
+            # Before any other collective than those of the step, which must not meet one of another kind.
+            stopped = world.agree(done, saver.check() or stop.name is not None, feed.fault() if line_due else None)
             place = {"step": done} | ({"stage": stage} if stage else {})
             seen = _look(observers, done, ends, meter, heart)
-            if seen and not (done % settings.log_every == 0 or ends):
+            if seen and not line_due:
                 log.values(place | seen)
-            fault = None
-            if done % settings.log_every == 0 or ends:
+            if line_due:
                 values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)} | seen
                 log.step(place | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
-                fault = feed.fault()
                 state.guard.check(done, settings.global_batch)
                 watched = values[state.guard.watches]
                 state.guard.pulse.feel(done, done - logged, values.get("grad_norm", math.nan), watched)
@@ -182,7 +183,6 @@ def train(
                     continue
                 logged = done
                 meter.restart()
-            stopped = world.agree(done, saver.check() or stop.name is not None, fault)
             if done % settings.ckpt_every == 0 or ends or stopped:
                 heart.at(done, "saves", limited=False)
                 saver.save(done, state.groups())
@@ -247,7 +247,11 @@ class _Feed:
         self._count_from_here()
 
     def next(self) -> list[Any]:
-        micro_batches = next(self.steps)
+        """The coming step's. `BadInput` names its samples where the disk does not give them; what is wrong with their content names itself."""
+        try:
+            micro_batches = next(self.steps)
+        except OSError as error:
+            raise BadInput(f"{self.awaited()}: cannot be read ({error}); look after the disk, and start the same command again") from error
         self.step += 1
         for batch in micro_batches if self.share is not None else ():
             self.sum += batch.index.sum()
