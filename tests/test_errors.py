@@ -19,3 +19,9 @@ def test_integers_and_numbers(checks):
     assert all(checks.is_number(x) and not checks.is_integer(x) for x in REALS)
     assert not any(checks.is_integer(x) or checks.is_number(x) for x in NEITHER)
     assert checks.is_integer(10**400) and not checks.is_number(10**400)  # too large for a float
+
+
+def test_a_message_is_one_line_that_steers_no_terminal():
+    error = errors.BadInput("a\x1b[2Jb\nc\x85d\udcff💥: no such file")
+    assert str(error) == "a\\x1b[2Jb c d\\udcff💥: no such file"
+    assert str(errors.BadInput(str(error))) == str(error)

@@ -12,7 +12,7 @@ import traceback
 
 from vavae_fast import __version__
 from vavae_fast.commands.invoke import run_command
-from vavae_fast.errors import BadInput, HardwareFault, Interrupted, PeerFault
+from vavae_fast.errors import BadInput, HardwareFault, Interrupted, PeerFault, printable
 from vavae_fast.launched import die_with_parent, world_size
 
 COMMANDS = {
@@ -107,7 +107,8 @@ def _nearest(name: str) -> str:
 
 def _complain(line: str, status: int = 2) -> int:
     rank = int(os.environ.get("RANK", 0))
-    print(f"error: {' '.join(line.split())}" if rank == 0 else f"error (rank {rank}): {' '.join(line.split())}", file=sys.stderr)
+    said = printable(" ".join(line.split()))
+    print(f"error: {said}" if rank == 0 else f"error (rank {rank}): {said}", file=sys.stderr)
     return status
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 
 class BadInput(ValueError):
-    """Wrong input. The message is one line: the culprit, what was found, what was expected, the cure."""
+    """Wrong input. The message is one line: the culprit, what was found, what was expected, the cure; names in it steer no terminal."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(" ".join(str(message).splitlines())))
 
 
 class Interrupted(Exception):
@@ -20,6 +23,11 @@ class HardwareFault(Exception):
 
 class PeerFault(RuntimeError):
     """Another process of the run has ended, hangs or does something else. One line that names it; `cli.main` prints it and leaves with 1."""
+
+
+def printable(text: str) -> str:
+    """`text` with what steers a terminal, and bytes that are no text, spelled out: the names of files are not to be trusted with either."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:

@@ -23,6 +23,7 @@ _FETCH, _TENSORS_ALONE = "fetch it again", "where you trust it, save its tensors
 # What PyTorch's restricted unpickler and zip reader raise on bytes that are damaged or were never theirs.
 _DAMAGED = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
             OverflowError, ImportError, MemoryError, RecursionError, struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
+_MAPPED = 1 << 30  # bytes of a file from which on it is not read but mapped
 _DEEPEST = 4  # levels of dictionaries and lists in which tensors are looked for
 
 
@@ -36,11 +37,13 @@ def read_torch(path: str | Path, cure: str | None = None) -> Any:
     if members is not None:
         _require_torch_zip(members, path)
         _require_checksums(members, path, cure)
+    # Of a training checkpoint most is not wanted; a smaller file is read, because a map takes no notice of where its members end.
+    mapped = path.stat().st_size > _MAPPED
     try:
         # Namespace: checkpoints of the DiT family carry their command line; it is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of foreign protocols, which end in an error all the same
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=members is not None)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=members is not None and mapped)
     except _DAMAGED as error:
         if name := _refused_name(error):
             advice = cure or f"{_TENSORS_ALONE}(state_dict, ...)"

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import struct
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -116,7 +118,11 @@ def test_edm2_labels(write):
     assert images.labels.tolist() == [3, 1] and images.classes == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("extra", [{"1.cls": b"cat"}, {"dataset.json": b"{}"}, {"dataset.json": b'{"labels": [1, 2]}'}])
+@pytest.mark.parametrize("extra", [
+    {"1.cls": b"cat"}, {"1.cls": b"9" * 30}, {"dataset.json": b"{}"}, {"dataset.json": b'{"labels": [1, 2]}'},
+    *({"dataset.json": b'{"labels": [["1.png", %s]]}' % label} for label in (b"true", b"6.5", b'"3"', b"-5", b"1e999", b"1000000000000000000")),
+    {"dataset.json": b'{"labels": [["1.png", 1], ["1.png", 2]]}'},
+])  # fmt: skip
 def test_broken_label_files_are_named(write, extra):
     with pytest.raises(BadInput, match=next(iter(extra))):
         open_images(write({"1.png": png(0)} | extra))
@@ -351,3 +357,33 @@ def test_an_image_stream_reads_the_next_step_while_one_is_at_work(tmp_path, monk
         next(batches)
     assert done.wait(20)
     batches.close()
+
+
+def test_a_zip_whose_directory_lies_about_a_size_unfolds_no_further(tmp_path):
+    """100 MB of zeros in 100 kB, 1,000 bytes by the directory."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", bytes(100_000_000))
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data[:1000] + data[1000:].replace(struct.pack("<I", 100_000_000), struct.pack("<I", 1000)))
+    images = open_images(tmp_path / "a.zip", size=8)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="a.zip: member 1.png cannot be read"):
+            images.read([0])
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tar_with_a_name_of_gigabytes_is_refused(tmp_path):
+    member = tarfile.TarInfo("long")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 7 << 30
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(20 * 512))
+    with pytest.raises(BadInput, match="a.tar: not a readable uncompressed tar .a name or a header of 7516192768 bytes"):
+        open_images(tmp_path / "a.tar")
+
+
+def test_a_pattern_of_a_trillion_shards_is_refused_at_once(tmp_path):
+    for name in ("a-{0..999999999}.tar", "a-{0..9999}-{0..9999}.tar"):
+        with pytest.raises(BadInput, match="stands for more than 100,000 shards"):
+            open_images(tmp_path / name)

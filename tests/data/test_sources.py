@@ -199,3 +199,21 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(BadInput, match=r"pip install 'vavae-fast\[data\]'"):
         open_images(tmp_path / name if name == "x.parquet" else tmp_path)
+
+
+@pytest.mark.parametrize("label", [-5, 1 << 40])
+def test_labels_of_a_table_that_are_no_classes_are_named(tmp_path, label):
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'vavae-fast[data]'")
+    write_parquet(tmp_path / "a.parquet", [0], [label])
+    with pytest.raises(BadInput, match=f"a.parquet: row 0 has the label {label}"):
+        open_images(tmp_path / "a.parquet", size=8)
+
+
+def test_a_damaged_row_group_is_named_when_it_is_read(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'vavae-fast[data]'")
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [0], [0])
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(60) + data[64:])
+    with pytest.raises(BadInput, match="a.parquet: not a readable parquet file"):
+        open_images(path, size=8).read([0])

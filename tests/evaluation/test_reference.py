@@ -1,5 +1,9 @@
 """ADM's npz layouts: what NumPy writes opens here, what is written here opens in NumPy, damage is named."""
 
+import io
+import struct
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +111,27 @@ def test_missing_text_and_damaged_files(tmp_path):
     images = load_reference(tmp_path / "flipped.npz").images
     with pytest.raises(BadInput, match="flipped.npz: cannot be read .BadZipFile"):
         list(images)
+
+
+def test_statistics_of_more_features_than_any_network_has(tmp_path):
+    """Refused from its header: a file of a few kilobytes may unfold to gigabytes of zeros."""
+    with zipfile.ZipFile(tmp_path / "r.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("mu", (5000,)), ("sigma", (5000, 5000))):
+            head = io.BytesIO()
+            np.lib.format.write_array_header_1_0(head, dict(descr="<f8", fortran_order=False, shape=shape))
+            archive.writestr(f"{name}.npy", head.getvalue() + bytes(8 * int(np.prod(shape))))
+    with pytest.raises(BadInput, match="D at most 4,096"):
+        load_reference(tmp_path / "r.npz")
+
+
+def test_a_header_that_is_no_array_s_and_an_archive_behind_something_else(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=nhwc())
+    data = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "behind.npz").write_bytes(b"#!/bin/sh\n" + data)
+    with pytest.raises(BadInput, match="behind.npz: not an .npz file"):
+        load_reference(tmp_path / "behind.npz")
+    for text in ("((((", "9**9**9", "{'descr': [", "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -8, 8, 3), }"):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + bytes(64))
+        with pytest.raises(BadInput, match="a.npz: "):
+            load_reference(tmp_path / "a.npz")

@@ -44,3 +44,12 @@ def test_what_is_not_in_the_weights_is_said():
     for state in ({}, {"x_embedder.proj.weight": torch.zeros(2, 2)}, {"blocks.x.weight": torch.zeros(1)}):
         with pytest.raises(BadInput, match="a.pt: not the weights of a LightningDiT"):
             lightningdit_architecture(state, "a.pt")
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("blocks.999999999.norm1.weight", (4,)), ("x_embedder.proj.weight", (10**9, 0, 1, 1)), ("pos_embed", (1, 0, 4)), ("feat_rope.freqs_cos", (4, 0)),
+])  # fmt: skip
+def test_shapes_of_no_model_are_refused(name, shape):
+    state = made("custom", input_size=4, hidden_size=32, depth=1, num_heads=4, patch_size=1).state_dict() | {name: torch.empty(shape, device="meta")}
+    with pytest.raises(BadInput, match="x.pt: not the weights of a LightningDiT"):
+        lightningdit_architecture(state, "x.pt")

@@ -107,3 +107,11 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     save_file(state, path, {"kind": "StandInPerceptual", "arguments": json.dumps(StandInPerceptual().arguments)})
     with pytest.raises(BadInput, match=r"head\.bias"):
         load_standin(path)
+
+
+@pytest.mark.parametrize("arguments", ['{"dim": 1000000000000}', '{"depth": 1000000000}', '{"nothing": 1}', "[1]", "{", '{"heads": 0}'])
+def test_metadata_that_do_not_describe_the_weights_are_refused(tmp_path, arguments):
+    """Before any memory is asked for."""
+    save_file(StandInEncoder(dim=8, depth=1, heads=2).state_dict(), tmp_path / "a.safetensors", {"kind": "StandInEncoder", "arguments": arguments})
+    with pytest.raises(BadInput, match="a.safetensors: "):
+        load_standin(tmp_path / "a.safetensors")

@@ -33,7 +33,7 @@ class Kind:
 
 
 def run(effort: Effort) -> list[Tally]:
-    tiny = pipeline(effort.folder / "pipeline")
+    tiny = pipeline(effort.folder.parent / "pipeline")
     return [flipped(kind, effort) for kind in kinds(tiny, effort.folder)]
 
 

@@ -1,6 +1,7 @@
 """Bytes made wrong: as rot, a cut transfer or an enemy would, anywhere in a file, or inside it with its checksums made right again."""
 
 import io
+import json
 import struct
 import tarfile
 import zipfile
@@ -98,6 +99,33 @@ def inside_zip(draw: Random, data: bytes, others: Sequence[bytes]) -> tuple[str,
     return f"in {members[chosen][0].filename}: {how}", buffer.getvalue()
 
 
+def inside_safetensors(draw: Random, data: bytes, others: Sequence[bytes]) -> tuple[str, bytes]:
+    """One field of the header's JSON changed, its length made right; now and then the bytes with it."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = draw.choice([key for key in header if key != "__metadata__"])
+    entry, how = header[name], draw.choice(("dtype", "shape", "axes", "offsets", "name", "empty", "metadata", "drop"))
+    if how == "dtype":
+        entry["dtype"] = draw.choice(("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E5M2", "X", "", None, 4))
+    elif how == "shape":
+        entry["shape"] = draw.choice(([], [0], [-1], [1 << 62, 4], [True], [2.0], "4", [1] * 500, [10**9, 0, 3, 3], None))
+    elif how == "axes":
+        draw.shuffle(entry["shape"])
+    elif how == "offsets":
+        entry["data_offsets"] = [offset + draw.choice((-4, 0, 4, 1 << 40)) for offset in entry["data_offsets"]]
+    elif how == "name":
+        other = draw.choice((name + "x", "../" + name, "", "a\0b", name.replace("0", str(10**9)), "module." + name, "encoder.conv_in.weight"))
+        header[other] = header.pop(name)
+    elif how == "empty":
+        entry |= {"shape": [10**9, 0, *entry["shape"][2:]], "data_offsets": [entry["data_offsets"][0]] * 2}
+    elif how == "metadata":
+        header["__metadata__"] = draw.choice(({}, {"a": 1}, [], None, *({"vavae_fast": text} for text in ("[]", "{}", '{"row_sums": 3}'))))
+    else:
+        del header[name]
+    text = json.dumps(header).encode()
+    return f"header's {how} of {name}", len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
 def inside_tar(draw: Random, data: bytes, others: Sequence[bytes]) -> tuple[str, bytes]:
     """A field of one header changed, and the header's checksum made right."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -131,14 +159,15 @@ def inside_png(draw: Random, data: bytes, others: Sequence[bytes]) -> tuple[str,
 
 
 def generated(strategy: SearchStrategy, count: int, seed: int) -> list:
-    """Up to `count` examples of a hypothesis strategy, the same for the same seed."""
-    found = []
+    """Up to `count` examples of a hypothesis strategy, no two alike, the same for the same seed."""
+    found = {}
 
     @hypothesis.seed(seed)
-    @settings(max_examples=count, database=None, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3 * count, database=None, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def collect(example) -> None:
-        found.append(example)
+        if len(found) < count:
+            found.setdefault(repr(example), example)
 
     collect()
-    return found[:count]
+    return list(found.values())

@@ -22,7 +22,12 @@ STEP, BEFORE = 4, 2  # checkpoints of the runs
 
 
 def pipeline(folder: Path) -> Tiny:
-    """Images, a tokenizer's run, latents, a LightningDiT's run, exports of both, samples; and the parts of a draw that was interrupted."""
+    """Images, a tokenizer's run, latents, a LightningDiT's run, exports of both, samples; and the parts of a draw that was interrupted.
+
+    Made once in a folder; who changes a file changes a copy, or takes the change back.
+    """
+    if folder.is_dir():
+        return Tiny(folder)
     tiny = prepare(folder)
     torch.set_num_threads(1)
     in_a_child(lambda: _make(tiny))

@@ -1,5 +1,6 @@
 """Checkpoints as read: what is saved comes back, shards are put together, damage is named and stepped over."""
 
+import errno
 import json
 import shutil
 
@@ -104,6 +105,20 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         assert checkpoint_fault(path) is not None, offset
         file.write_bytes(data)
     assert checkpoint_fault(path) is None
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_named(tmp_path, monkeypatch):
+    old, new = (save(tmp_path, step, groups()) for step in (1, 2))
+    read = artifacts.sha256
+
+    def failing(path):
+        if path.parent == new:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(artifacts, "sha256", failing)
+    said = []
+    assert latest_checkpoint(tmp_path, said.append) == old and "model.safetensors cannot be read" in said[0]
 
 
 def test_no_checkpoint_at_all(tmp_path):
@@ -214,3 +229,12 @@ def test_what_killed_writers_and_removers_left_is_swept(tmp_path):
     sweep(tmp_path)
     sweep(tmp_path / "none")
     assert names(tmp_path) == ["mine.tmp", whole.name, "step_00000004.damaged"]
+
+
+def test_a_sweep_removes_a_link_and_not_what_it_points_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step_00000003.tmp").symlink_to(tmp_path / "elsewhere")
+    sweep(tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir()) and (tmp_path / "elsewhere" / "file").read_text() == "mine"

@@ -24,7 +24,7 @@ from vavae_fast.models.lightningdit import LightningDiT, create_lightningdit
 from vavae_fast.models.perceptual import LPIPS
 from vavae_fast.models.standins import StandInEncoder, load_standin
 from vavae_fast.models.user_model import load_user_model
-from vavae_fast.models.weights import autoencoder_state, load_autoencoder, load_strict, read_state_dict
+from vavae_fast.models.weights import autoencoder_of, autoencoder_state, load_autoencoder, load_strict, read_state_dict
 from vavae_fast.schema import TransportConfig
 from vavae_fast.training.checkpoint import group_digest, latest_checkpoint, load_checkpoint
 
@@ -125,9 +125,9 @@ def _from_checkpoint(folder: Path, fused: bool) -> AutoencoderKL:
     known = manifest.get("architecture")
     if known is None:
         raise BadInput(f"{folder}: a checkpoint of {manifest.get('stage', 'another stage')}, not of a tokenizer; give a tokenizer's run folder")
-    model = AutoencoderKL(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}, fused=fused)
-    load_strict(model, groups["model"], folder, ignore=("linear_proj.",))
-    return model
+    if not isinstance(known, dict):
+        raise BadInput(f"{folder}: its manifest's architecture is no object; choose another checkpoint")
+    return autoencoder_of(groups["model"], folder, {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}, fused)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -180,6 +180,7 @@ def lightningdit_of(config: LightningDiTConfig, state: Mapping[str, Tensor], sou
     """The model of a config with the weights `state`, in eval mode, without gradients, on the CPU. `source` names them in errors."""
     with torch.device("meta"):  # nothing is initialised, which takes XL/1 half a minute
         model = lightningdit(config)
+    load_strict(model, state, source)  # only compares: no memory is asked for before every shape fits
     model = model.to_empty(device="cpu")
     load_strict(model, state, source)
     return model.eval().requires_grad_(False)

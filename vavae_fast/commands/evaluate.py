@@ -10,7 +10,7 @@ from typing import Any
 from vavae_fast import artifacts
 from vavae_fast.commands.scored_images import FolderImages, in_one_line, is_npz, made_by, npz_size, open_scored
 from vavae_fast.config import LightningDiTConfig, given_path, load_config, world_size
-from vavae_fast.errors import BadInput, require
+from vavae_fast.errors import BadInput, printable, require
 
 EXAMPLE = "vavae-fast evaluate --samples samples/samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception.pth --json fid.json"
 
@@ -217,7 +217,7 @@ def _identity(args, inception: Any, lpips: Any) -> dict[str, Any]:
 def run(plan: "EvaluatePlan | ReconstructionPlan | ComparePlan") -> dict[str, Any] | None:
     """Score, print a table, write the JSON; of several processes the main one, and the others return None."""
     if isinstance(plan, ComparePlan):
-        print(plan.text)
+        print(printable(plan.text))
         return None
     if isinstance(plan, EvaluatePlan):
         from vavae_fast.evaluation import evaluate_samples

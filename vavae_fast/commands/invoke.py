@@ -10,7 +10,7 @@ import importlib
 import os
 from typing import Any, NoReturn
 
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, printable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ def run_command(name: str, argv: list[str]) -> None:
     plan = command.plan(config, args)
     if args.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(plan.describe())
+            print(printable(plan.describe()))
         return
     command.run(plan)
 

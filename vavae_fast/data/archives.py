@@ -3,6 +3,7 @@
 Names in archives are hostile until checked: absolute ones, `..`, links and devices are refused.
 """
 
+import io
 import os
 import tarfile
 import weakref
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from vavae_fast.data.listing import Listing, check_size, matters
 from vavae_fast.errors import BadInput
+
+_MAX_NAME = 1 << 20  # bytes of a long name, or of a PAX header
 
 
 def _safe_name(archive: Path, name: str) -> str:
@@ -48,11 +51,20 @@ def _tar(path: Path) -> Listing:
     return listing
 
 
+class _Headers(io.BufferedReader):
+    """What tarfile reads of an archive while it looks for members: headers and long names, whose size the archive itself says."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _MAX_NAME:
+            raise tarfile.ReadError(f"a name or a header of {size} bytes")
+        return super().read(size)
+
+
 def _tar_members(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset of the data, size) of every member that matters."""
     members, length = [], path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as archive:
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it would keep an object for each of a million members
                 name = _safe_name(path, member.name)
@@ -80,9 +92,13 @@ def _zip(path: Path) -> Listing:
     def read(k: int) -> bytes:
         name, info = members[k]
         try:
-            return archive.read(info)  # ZipFile takes a lock around each access to the file
+            with archive.open(info) as member:  # ZipFile takes a lock around each access to the file
+                data = member.read(info.file_size)  # no more, whatever the bytes unfold to: the directory's size was checked
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise BadInput(f"{path}: member {name} cannot be read ({error}); fetch the archive again") from None
+        if len(data) != info.file_size:
+            raise BadInput(f"{path}: member {name} is shorter than the archive says; fetch the archive again")
+        return data
 
     listing = Listing([name for name, _ in members], read)
     weakref.finalize(listing, archive.close)

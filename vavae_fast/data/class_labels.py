@@ -7,6 +7,7 @@ The folder that counts is the first below the one that all images share, so both
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from vavae_fast.data.listing import LABEL_FILE, LABEL_SUFFIX, Listing
 from vavae_fast.errors import BadInput
 
+MOST_CLASSES = 1 << 20  # each has a name in memory; ImageNet-21k has 21,841
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -26,6 +28,11 @@ def labels_of(root: Path, listing: Listing, names: list[str], shard_depth: int) 
         return _folder_labels(root, names, shard_depth)
     classes = [str(value) for value in range(max(values) + 1)]
     return torch.tensor(values, dtype=torch.int64), classes
+
+
+def is_label(value: Any) -> bool:
+    """Whether a file's label is the number of a class."""
+    return type(value) is int and 0 <= value < MOST_CLASSES
 
 
 def _folder_labels(root: Path, names: list[str], shard_depth: int) -> tuple[Tensor, list[str]]:
@@ -48,9 +55,12 @@ def _edm2_labels(root: Path, listing: Listing, names: list[str]) -> list[int]:
     """`{"labels": [["00000/img00000000.png", 6], …]}`, or null for no labels: the layout of EDM2's dataset tool."""
     try:
         pairs = json.loads(listing.read(listing.names.index(LABEL_FILE)))["labels"] or []
-        label_of = {str(name): int(label) for name, label in pairs}
+        label_of = dict(pairs)
+        well_formed = all(isinstance(name, str) and is_label(label) for name, label in pairs) and len(label_of) == len(pairs)
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadInput(f'{root}/{LABEL_FILE}: expected {{"labels": [[name, integer], …]}}; repair or remove it') from None
+        well_formed = False
+    if not well_formed:
+        raise BadInput(f'{root}/{LABEL_FILE}: expected {{"labels": [[name, integer from 0], …]}}, a name once; repair or remove it')
     return [label_of.get(name, -1) for name in names]
 
 
@@ -60,7 +70,7 @@ def _webdataset_labels(root: Path, listing: Listing, names: list[str]) -> list[i
     for k, name in enumerate(listing.names):
         if name.endswith(LABEL_SUFFIX):
             text = listing.read(k)[:32].strip()
-            if not text.isdigit():
+            if not (text.isdigit() and is_label(int(text))):
                 raise BadInput(f"{root}/{name}: expected a class number, found {text!r}; repair or remove it")
             label_of[_key(name)] = int(text)
     return [label_of.get(_key(name), -1) for name in names]

@@ -39,7 +39,9 @@ def open_latents(folder: str | Path) -> "Latents":
 
 def extraction_facts(folder: Path) -> dict[str, Any]:
     """What made the latents in `folder`, by its manifest: the tokenizer's digest, the images, their classes; empty where there is none."""
-    return read_json(folder / MANIFEST).get("facts", {}) if (folder / MANIFEST).is_file() else {}
+    content = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    facts = content.get("facts") if isinstance(content, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
 class ShardStore:
@@ -213,8 +215,11 @@ def _check_together(folder: Path, shards: list[Shard], manifest: dict[str, Any] 
 def _check_manifest(folder: Path, shards: list[Shard], manifest: dict[str, Any]) -> None:
     try:
         promised = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
+        well_formed = all(isinstance(name, str) for name in promised) and isinstance(manifest.get("facts", {}), dict)
     except (KeyError, TypeError):
-        raise BadInput(f"{folder / MANIFEST}: not the manifest of latents; remove it, or extract again") from None
+        well_formed = False
+    if not well_formed:
+        raise BadInput(f"{folder / MANIFEST}: not the manifest of latents; remove it, or extract again")
     found = {shard.path.name: shard.identity[0] for shard in shards}
     for name in sorted(promised.keys() | found.keys()):
         if promised.get(name) != found.get(name):

@@ -162,10 +162,10 @@ def _checksums(path: Path, ours: dict[str, Any] | None, tensors: int, rows: int)
     """`Shard.sums` and `Shard.label_sum`; None for a shard that has none: the reference's, or an earlier version's."""
     if ours is None or _SUMS not in ours:
         return None, None
-    sums = np.frombuffer(base64.b64decode(ours.pop(_SUMS)), "<u4")
-    if sums.size != tensors * rows:
-        raise BadInput(f"{path}: has {sums.size} checksums for {tensors} x {rows} rows; extract it again")
-    return sums.reshape(tensors, rows), ours[_LABEL_SUM]
+    try:
+        return np.frombuffer(base64.b64decode(ours.pop(_SUMS)), "<u4").reshape(tensors, rows), int(ours[_LABEL_SUM])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{path}: its checksums are not those of {tensors} x {rows} rows; extract it again") from None
 
 
 def row_sums(values: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def _open_shards(root: Path, shards: list[Path]) -> Source:
     return _from_listing(root, joined(shards), shard_depth=1)
 
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_MOST_SHARDS = 100_000
 
 
 def is_pattern(path: Path) -> bool:
@@ -66,6 +67,8 @@ def _matching(pattern: Path) -> list[Path]:
     names = [pattern.name]
     while found := _RANGE.search(names[0]):
         first, last = found[1], found[2]
+        if (int(last) - int(first) + 1) * len(names) > _MOST_SHARDS:
+            raise BadInput(f"{pattern}: stands for more than {_MOST_SHARDS:,} shards; check the pattern")
         numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         names = [name.replace(found[0], number, 1) for name in names for number in numbers]
         if not names:

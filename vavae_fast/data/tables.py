@@ -3,13 +3,15 @@
 import functools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vavae_fast.data.class_labels import is_label
 from vavae_fast.data.listing import Source
 from vavae_fast.errors import BadInput
 
@@ -30,7 +32,7 @@ class _Table:
 def open_parquet(paths: list[Path]) -> Source:
     """Hugging Face's layout: a struct column with `bytes` (or a binary column `image`), an integer column `label`."""
     pa = _pyarrow(paths[0])
-    return _source([_read_table(path, pa, _parquet_table) for path in paths], paths[0].parent if len(paths) > 1 else paths[0])
+    return _source([_read_table(path, pa, _parquet_table) for path in paths], paths[0].parent if len(paths) > 1 else paths[0], pa)
 
 
 def is_saved(folder: Path) -> bool:
@@ -51,7 +53,7 @@ def open_saved(folder: Path) -> Source:
     if state.get("_indices_data_files"):
         raise BadInput(f"{folder}: its rows are reordered by an index; call flatten_indices() on the data set and save it again")
     pa = _pyarrow(folder)
-    return _source([_read_table(path, pa, _arrow_table) for path in paths], folder)
+    return _source([_read_table(path, pa, _arrow_table) for path in paths], folder, pa)
 
 
 def _pyarrow(path: Path) -> Any:
@@ -66,8 +68,15 @@ def _pyarrow(path: Path) -> Any:
 
 
 def _read_table(path: Path, pa: Any, read: Callable[[Path, Any], _Table]) -> _Table:
-    try:
+    with _reading(path, pa):
         return read(path, pa)
+
+
+@contextmanager
+def _reading(path: Path, pa: Any) -> Iterator[None]:
+    """What pyarrow raises on damaged files, as one line about `path`."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path}: not a readable {path.suffix[1:]} file ({' '.join(str(error).split())}); fetch it again") from None
 
@@ -107,7 +116,7 @@ def _arrow_table(path: Path, pa: Any) -> _Table:
     return _Table(path, labels, classes, read)
 
 
-def _source(tables: list[_Table], root: Path) -> Source:
+def _source(tables: list[_Table], root: Path, pa: Any) -> Source:
     """Tables one after the other; image i is `file:row`."""
     places = [(table, row) for table in tables for row in range(len(table.labels))]
     if not places:
@@ -119,14 +128,25 @@ def _source(tables: list[_Table], root: Path) -> Source:
 
     def read(i: int) -> bytes:
         table, row = places[i]
-        value = table.read(row)
+        with _reading(table.path, pa):
+            value = table.read(row)
         if value is None:
             raise BadInput(f"{table.path}: row {row} has no image bytes; embed the images in the file")
         return value
 
-    labels = torch.tensor([-1 if (value := table.labels[row]) is None else int(value) for table, row in places]).clamp_(min=-1)
+    labels = torch.tensor([_label(table, row) for table, row in places])
     classes = classes or [str(value) for value in range(int(labels.max()) + 1)]
     return Source([f"{table.path.name}:{row}" for table, row in places], labels, classes, read)
+
+
+def _label(table: _Table, row: int) -> int:
+    """-1 where the row has none."""
+    value = table.labels[row]
+    if value is None or value == -1:  # as Hugging Face marks the labels of a test split
+        return -1
+    if not is_label(value):
+        raise BadInput(f"{table.path}: row {row} has the label {value}; labels are numbers of classes, from 0")
+    return value
 
 
 def _encoded(column: Any, pa: Any) -> Any:

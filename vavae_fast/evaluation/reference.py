@@ -6,6 +6,7 @@ Reference: mu, sigma of pool_3, mu_s, sigma_s of the spatial features, arr_0 ima
 
 import io
 import math
+import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from vavae_fast.errors import BadInput
 from vavae_fast.evaluation.inputs import Array
 
 _MOMENTS = (("mu", "sigma"), ("mu_s", "sigma_s"))
-_MAX_FEATURES = 8192  # of moments; their covariance is 512 MB
+_MAX_FEATURES = 4096  # of moments; their covariance is 128 MB
 _MAX_PIXELS = 64_000_000  # of an image, as of image files
 _MAX_BATCH = 1 << 28  # bytes of images that are read together
 
@@ -138,18 +139,24 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool,
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+    try:
+        return read(file)
+    except (tokenize.TokenError, SyntaxError, TypeError, RecursionError, MemoryError) as error:  # it reads the header as Python's literals
+        raise ValueError(f"no array's header ({type(error).__name__})") from None
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """The whole array, its checksum met."""
-    return np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+    """The whole array, its checksum met; no more of the archive is unfolded than its directory says."""
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(io.BytesIO(file.read(archive.getinfo(f"{name}.npy").file_size)), allow_pickle=False)
 
 
 def _npz(path: Path) -> Path:
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        is_archive = file.read(2) == b"PK" and zipfile.is_zipfile(path)
+    if not is_archive:
         raise BadInput(f"{path}: not an .npz file, or cut short; copy it again")
     return path
 
@@ -163,7 +170,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except KeyError:
         raise BadInput(f"{path}: holds no arr_0 or arr_1; under these names lie images, uint8 (N, H, W, 3), and their labels") from None
-    except (*ZIP_FAULTS, RecursionError, MemoryError) as error:  # the last two: of a header that is no header
+    except ZIP_FAULTS as error:
         reason = (str(error).splitlines() or [""])[0] if type(error) is ValueError else type(error).__name__
         raise BadInput(f"{path}: cannot be read ({reason}); if it is damaged or cut short, copy it again") from None
 

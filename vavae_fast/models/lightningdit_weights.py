@@ -22,13 +22,16 @@ def lightningdit_architecture(state: Mapping[str, Tensor], source: str | Path) -
         tokens, labels = state["pos_embed"].shape[1], state["y_embedder.embedding_table.weight"].shape[0]
         outputs = state["final_layer.linear.weight"].shape[0]
         modulations = state["blocks.0.adaLN_modulation.1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
+        use_rope = "feat_rope.freqs_cos" in state
+        heads = hidden_size // state["feat_rope.freqs_cos"].shape[-1] if use_rope else None
+        if depth > len(state) or min(hidden_size, in_channels, patch_size, tokens, labels) < 1:
+            raise ValueError(f"{depth} blocks of {hidden_size} channels")
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise BadInput(f"{source}: not the weights of a LightningDiT (at {error})") from None
-    use_rope = "feat_rope.freqs_cos" in state
     size = dict(depth=depth, hidden_size=hidden_size, patch_size=patch_size)
     name = next((name for name, known in LIGHTNINGDIT_SIZES.items() if size.items() <= known.items()), None)
     if use_rope:
-        size["num_heads"] = hidden_size // state["feat_rope.freqs_cos"].shape[-1]
+        size["num_heads"] = heads
     elif name is None:
         raise BadInput(f"{source}: the number of heads is not in the weights, and its size is no published one; train it here, or add rotary tables")
     named = name is not None and size.items() <= LIGHTNINGDIT_SIZES[name].items()

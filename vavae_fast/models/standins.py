@@ -17,6 +17,8 @@ from vavae_fast.artifacts import replacing
 from vavae_fast.errors import BadInput, require
 from vavae_fast.models.weights import load_strict
 
+MOST = 1 << 16  # what any number of a stand-in's arguments may be: of blocks, channels, pixels
+
 
 class StandInEncoder(nn.Module):
     """A small ViT, frozen: images (B, 3, S, S) in [-1, 1] -> features (B, F, g, g), each channel of mean 0 and variance 1.
@@ -152,6 +154,16 @@ def load_standin(path: Path) -> StandInEncoder | StandInPerceptual:
         raise BadInput(f"{path}: not a whole safetensors file ({error}); write it again") from None
     if metadata.get("kind") not in _KINDS or "arguments" not in metadata:
         raise BadInput(f"{path}: metadata 'kind' is {metadata.get('kind')!r}, expected one of {', '.join(_KINDS)} with 'arguments'")
-    network = _KINDS[metadata["kind"]](**json.loads(metadata["arguments"]))
+    kind = _KINDS[metadata["kind"]]
+    try:
+        arguments = dict(json.loads(metadata["arguments"]))
+        if any(type(value) is int and value > MOST for value in arguments.values()):
+            raise ValueError(f"over {MOST}")
+        with torch.device("meta"):
+            skeleton = kind(**arguments)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise BadInput(f"{path}: its metadata 'arguments' make no {metadata['kind']} ({str(error).splitlines()[0][:160]}); write it again") from None
+    load_strict(skeleton, state, path)  # only compares: no memory is asked for before every shape fits
+    network = kind(**arguments)
     load_strict(network, state, path)
     return network.requires_grad_(False).eval()

@@ -164,11 +164,25 @@ def load_autoencoder(path: str | Path, architecture: Mapping[str, Any] | None = 
     `architecture` holds arguments of AutoencoderKL. What is left out is read off the weights; what contradicts them is
     a `BadInput` naming both values. Networks of the training alone (foundation_model, loss, linear_proj) are dropped.
     """
-    state = autoencoder_state(read_state_dict(path), path)
+    return autoencoder_of(read_state_dict(path), path, architecture, fused)
+
+
+def autoencoder_of(
+    state: Mapping[str, Tensor], path: str | Path, architecture: Mapping[str, Any] | None = None, fused: bool = False
+) -> AutoencoderKL:
+    """`load_autoencoder` of tensors that were read. Nothing is allocated before every shape is known to be there."""
+    state = autoencoder_state(state, path)
     found = autoencoder_architecture(state, path)
     given = dict(architecture or {})
     _require_agreement(found, given, path)
-    model = AutoencoderKL(**{**found, **given, "fused": fused})
+    arguments = {**found, **given, "fused": fused}
+    try:
+        with torch.device("meta"):
+            skeleton = AutoencoderKL(**arguments)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise BadInput(f"{path}: not the architecture of an autoencoder ({_first_line(error)}); give another file") from None
+    load_strict(skeleton, state, path)  # only compares: nothing has a place yet
+    model = AutoencoderKL(**arguments)
     load_strict(model, state, path)
     return model.eval()
 
@@ -203,6 +217,8 @@ def autoencoder_architecture(state: Mapping[str, Tensor], source: str | Path = "
         widths = [state[f"encoder.down.{level}.block.{blocks - 1}.conv2.weight"].shape[0] for level in range(levels)]
         embed_dim, out_ch = state["post_quant_conv.weight"].shape[1], state["decoder.conv_out.weight"].shape[0]
         z_channels = state["decoder.conv_in.weight"].shape[1]
+        if ch < 1 or levels * blocks > len(state) or min(widths) < 1:
+            raise ValueError(f"{levels} levels of {blocks} blocks, {ch} channels")
     except (KeyError, ValueError, IndexError) as error:
         raise BadInput(f"{source}: not an LDM autoencoder (at {error}); expected encoder., decoder., post_quant_conv.") from None
     attends = [level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in state]

@@ -1,6 +1,8 @@
 """The model card of a pipeline, from its manifest: nothing in it is written by hand, and what was not measured is said to be so."""
 
+import json
 from collections.abc import Iterable, Mapping
+from html import escape
 from typing import Any
 
 from vavae_fast.artifacts import readable_bytes
@@ -27,7 +29,7 @@ of {size} x {size} pixels, {classes:,} classes. Method: VA-VAE and LightningDiT,
 # pip install vavae-fast
 from vavae_fast import VAVAEPipeline
 
-pipeline = VAVAEPipeline.from_pretrained("{name}")
+pipeline = VAVAEPipeline.from_pretrained({name_in_code})
 images = pipeline(labels=[{label}], seed=0).images  # PIL images; image i depends on (seed, i) alone
 images[0].save("{label}.png")
 ```
@@ -94,7 +96,8 @@ def render(name: str, config: LightningDiTConfig, manifest: Mapping[str, Any], n
     label = min(207, classes - 1)
     model = config.model.model_type if config.model.model_type != "custom" else "A LightningDiT of its own size"
     return _TEMPLATE.format(
-        name=name, model=model, parameters=manifest["parameters"] / 1e6, channels=config.model.in_chans, ratio=config.vae.downsample_ratio,
+        name=_text(name), name_in_code=json.dumps(name), model=_text(model),
+        parameters=manifest["parameters"] / 1e6, channels=config.model.in_chans, ratio=config.vae.downsample_ratio,
         size=config.data.image_size, classes=classes, label=label, last=classes - 1,
         names=", or names from `pipeline.labels`" if named else "",
         license_line=f"license: {license}\n" if license else "",
@@ -110,10 +113,16 @@ def render(name: str, config: LightningDiTConfig, manifest: Mapping[str, Any], n
 def _metrics(metrics: Mapping[str, Any]) -> str:
     """One evaluation: its scores, then what they were measured with, without which they say nothing."""
     scores = _table(("metric", "value"), ((key, f"{value:.4f}") for key, value in metrics.items() if key != "protocol"))
-    protocol = ", ".join(f"{key} {value}" for key, value in metrics["protocol"].items() if isinstance(value, str | int | float))
+    protocol = ", ".join(_text(f"{key} {value}") for key, value in metrics["protocol"].items() if isinstance(value, str | int | float))
     return f"{scores}\n\nProtocol: {protocol or 'not given'}."
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_text, line)) + " |" for line in lines)
+
+
+def _text(value: Any) -> str:
+    """A value as text and nothing else: no HTML, no link, no end of a cell or a line."""
+    text = escape(" ".join(str(value).split()), quote=False)
+    return text.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")

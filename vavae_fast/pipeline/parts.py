@@ -122,8 +122,9 @@ def _training(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _class_names(latents: Path, num_classes: int) -> tuple[str, ...]:
     """Those of the images that the latents were made of, where the latents lie here and are ours."""
-    names = tuple(extraction_facts(latents).get("classes") or ())
-    return names if len(names) <= num_classes else ()
+    names = extraction_facts(latents).get("classes")
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) <= num_classes
+    return tuple(names) if known else ()
 
 
 # -- the reference's released files -----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Remove what killed writers and removers left in a folder of checkpoints. Only the process that holds the run's lock may."""
     for left in (*folder.glob("step_????????.tmp"), *folder.glob("step_????????.del")):
-        shutil.rmtree(left)
+        left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

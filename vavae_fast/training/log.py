@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast.artifacts import make_folder, write_text
+from vavae_fast.errors import printable
 from vavae_fast.training.boards import Board, open_boards
 
 _SPARED_FIRST = ("lr", "mcos", "mdms", "mse", "rec", "valid_psnr", "valid_mse", "data")  # on a narrow terminal
@@ -46,6 +47,7 @@ class RunLog:
         if self.folder is None:
             return
         self._end_line()
+        line = printable(line)
         _show(f"{self.title}  {line}\n")
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
