@@ -2,11 +2,7 @@
 
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -91,40 +87,3 @@ def test_a_run_whose_gradients_die_is_stopped_and_one_that_may_goes_on(tiny, out
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "the 20 steps up to step 30" in said and "no longer learns" in said
     done("train", *tiny.dit(out, "dit", "train.max_steps=60", "train.max_faint=0"))
-
-
-@pytest.mark.slow  # starts four interpreters
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo; on a GPU machine they would share one over NCCL")
-def test_one_process_that_dies_ends_all_and_the_run_goes_on(tiny, out):
-    """SIGKILL to one of two: torchrun ends the other; what was saved is whole, and one process continues from it."""
-    words = tiny.dit(out, "dit", "train.max_steps=100000", "train.ckpt_every=5", "train.keep_last=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vavae_fast", "train", *words]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        wait_for(lambda: list((out / "dit" / "checkpoints").glob("step_????????/manifest.json")))
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=True)
-        children = [int(word) for word in found.stdout.split()]
-        os.kill(children[-1], signal.SIGKILL)
-        said, _ = launcher.communicate(timeout=120)
-    finally:
-        launcher.kill()
-    assert launcher.returncode != 0 and "-9" in said
-    assert not any(alive(child) for child in children)
-    newest = max(int(path.name[5:]) for path in (out / "dit" / "checkpoints").glob("step_????????") if (path / "manifest.json").is_file())
-    done("train", *tiny.dit(out, "dit", f"train.max_steps={newest + 3}", "train.ckpt_every=5", "train.keep_last=2"))
-    assert (out / "dit" / STEP.format(newest + 3) / "manifest.json").is_file()
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.1)
-
-
-def alive(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

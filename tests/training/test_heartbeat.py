@@ -208,6 +208,16 @@ def test_a_collective_that_fails_of_a_lost_process_names_it(tmp_path):
     assert "a shard is cut short" in (tmp_path / "log.txt").read_text()
 
 
+def test_who_ended_first_is_named_before_who_fell_with_it(tmp_path, monkeypatch):
+    """Of three; rank 1 lost a connection to rank 2, which was killed."""
+    heart = Heart(tmp_path, World(0, 3, torch.device("cpu")), 1.0)
+    victim = replace(heart.own, rank=1, ended="RuntimeError: Connection closed by peer", fell=True)
+    culprit = replace(heart.own, rank=2, began=-1)
+    monkeypatch.setattr(heart, "_read", {1: victim, 2: culprit}.get)
+    with pytest.raises(PeerFault, match=r"^rank 2 \(process \d+ on \S+\) has ended without a word"), heart:
+        of_a_collective()
+
+
 def test_a_fault_of_its_own_stays_what_it_is_and_is_left_for_the_others(tmp_path):
     for error in (BadInput("a shard\nis cut"), RuntimeError("CUDA error"), PeerFault("rank 1 is out of step")):
         heart = Heart(tmp_path, FIRST_OF_TWO, 20.0)

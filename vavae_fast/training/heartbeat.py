@@ -49,6 +49,7 @@ class Beat:
     doing: str = "starts"
     limited: bool = True  # whether it may take only so long over that
     ended: str | None = None  # by which error
+    fell: bool = False  # that came of another's end
 
     def who(self) -> str:
         return f"rank {self.rank} (process {self.process} on {self.host})"
@@ -113,7 +114,8 @@ class Heart:
         if error is None or isinstance(error, Interrupted):
             self._clear_away()
         else:
-            self.own = replace(self.own, ended=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            why = _ended(lost) if lost is not None else f"{type(error).__name__}: {error}"
+            self.own = replace(self.own, ended=" ".join(why.split())[:300], fell=_of_a_collective(error))
             self._write()
         os.close(self.file)
         if lost is not None:
@@ -174,29 +176,44 @@ class Heart:
                 self.others[rank] = beat
 
     def _judge(self) -> None:
-        gone = [rank for rank, beats in self.silent.items() if beats >= MISSED and self.others[rank].gone(self.own.host)]
-        mute = [rank for rank, beats in self.silent.items() if beats * self.period >= self.least]
+        mute = any(beats * self.period >= self.least for beats in self.silent.values())
         busy = any(not beat.limited for beat in (self.own, *self.others.values()))
-        if gone or mute or (self.still >= max(self.least, 2 * self.longest) and not busy):
-            self._end(gone, mute)
+        if self._gone() or mute or (self.still >= max(self.least, 2 * self.longest) and not busy):
+            self._end(self.still)
 
-    def _end(self, gone: list[int], mute: list[int]) -> None:
+    def _gone(self) -> list[int]:
+        """Those that have ended, who did so first before who fell with them."""
+        gone = [rank for rank, beats in self.silent.items() if beats >= MISSED and self.others[rank].gone(self.own.host)]
+        return sorted(gone, key=lambda rank: self.others[rank].fell)
+
+    def _end(self, waited: float) -> None:
         """Leave this process's stacks and, when the others had the time to leave theirs, the verdict; then end."""
         self.ending.set()
-        waited, speaks = self.still, self.world.rank == min(set(range(self.world.size)) - {*gone, *mute})
         self._leave_stacks()
-        if self.over.wait((2 if speaks else 5) * self.period):  # the main thread has come to a good end after all
+        if not self._beat_for(2):  # the main thread has come to a good end after all
             return
-        self._look_around()
+        gone = self._gone()
+        mute = [rank for rank, beats in self.silent.items() if beats >= MISSED and rank not in gone]
         line = self._verdict(gone, mute, waited)
-        if speaks:
+        if self.world.rank == min(set(range(self.world.size)) - {*gone, *mute}):
             self._note(line)
             print(f"error: {line}", file=sys.stderr, flush=True)
+        elif not self._beat_for(3):  # nobody ends before it is said of what
+            return
         if self.world.size > 1:
             record_fault(PeerFault(line))
         for rank in mute:
             self._end_stopped(self.others[rank])
         os._exit(1)
+
+    def _beat_for(self, beats: int) -> bool:
+        """Whether the run is not over meanwhile."""
+        for _ in range(beats):
+            if self.over.wait(self.period):
+                return False
+            self._write()
+            self._look_around()
+        return True
 
     def _verdict(self, gone: list[int], mute: list[int], waited: float) -> str:
         every = [replace(self.own, collectives=self.world.collectives()), *self.others.values()]
@@ -233,11 +250,11 @@ class Heart:
         """After a collective failed, the process that has ended; looks for as long as it takes to miss one of another machine."""
         for _ in range(MISSED):
             self._look_around()
-            for beat in self.others.values():
-                if beat.gone(self.own.host):
-                    return beat
+            gone = [beat for beat in self.others.values() if beat.gone(self.own.host)]
+            if first := [beat for beat in gone if not beat.fell]:
+                return first[0]
             time.sleep(1.5 * self.period)
-        return next((self.others[rank] for rank, beats in self.silent.items() if beats >= MISSED - 1), None)
+        return gone[0] if gone else next((self.others[rank] for rank, beats in self.silent.items() if beats >= MISSED - 1), None)
 
 
 def _ended(beat: Beat) -> str:

@@ -141,13 +141,10 @@ def train(
     checkpoint_folder = settings.folder / "checkpoints"
     done = logged = start
     stage = None
-    # Saver and heart meet the other processes; a signal that comes while they do not is not to be put off.
-    with (
-        Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say) as saver,
-        Heart(settings.folder, world, settings.hang_seconds) as heart,
-        StopSignal() as stop,
-        _Feed(batches, settings.share, world.device) as feed,
-    ):
+    # Saver and heart are made together with the other processes; a signal that comes while those do not is not to be put off.
+    saver = Saver(checkpoint_folder, world, settings.facts, settings.keep, log.say)
+    heart = Heart(settings.folder, world, settings.hang_seconds)
+    with saver, StopSignal() as stop, heart, _Feed(batches, settings.share, world.device) as feed:
         feed.begin(start + state.guard.passed_over)
         while done < settings.max_steps:
             done += 1
