@@ -264,3 +264,8 @@ def test_an_override_of_what_a_list_does_not_have_is_refused(override, words):
     with pytest.raises(BadInput) as caught:
         apply_overrides(LISTED, [override])
     assert words in one_line(caught)
+
+
+def test_a_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(BadInput, match="rate: expected a number, got 9999"):
+        to_dataclass(Inner, {"rate": int("9" * 400)})

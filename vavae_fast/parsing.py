@@ -7,7 +7,6 @@ answer at once.
 
 import dataclasses
 import difflib
-import math
 import re
 import types
 import typing
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from vavae_fast.errors import BadInput
+from vavae_fast.errors import BadInput, is_number
 
 T = TypeVar("T")
 
@@ -217,7 +216,7 @@ def _scalar_or_list(option: Any, value: Any, key: str) -> Any:
         return origin(_convert(h, v, f"{key}[{i}]") for i, (h, v) in enumerate(zip(hints, value)))
     if option is dict or origin is dict:
         return value if isinstance(value, dict) else _NO
-    if option is float and type(value) in (int, float) and math.isfinite(value):
+    if option is float and is_number(value):
         return float(value)
     return value if option in (int, str, bool) and type(value) is option else _NO
 

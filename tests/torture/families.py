@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 import warnings
 import zipfile
@@ -19,6 +20,7 @@ from torture.boxed import Wrong, command
 from torture.mutations import inside_png, inside_safetensors, inside_tar, inside_zip
 from torture.subjects import resolved, same, whole_latents
 
+from vavae_fast.commands.report import read_run
 from vavae_fast.config import LightningDiTConfig, flatten, to_mapping, to_yaml
 from vavae_fast.data import open_images
 from vavae_fast.data.decode import MAX_PIXELS, decode
@@ -294,9 +296,20 @@ def labels(path: Path) -> bool:
 
 
 def run_folder(path: Path) -> bool:
-    """metrics.jsonl of a run, as `report` reads it."""
+    """metrics.jsonl of a run, as `report` reads it: every line that is an object with a finite step, the others counted."""
     run = path.parent / "run"
     (run / "metrics.jsonl").write_bytes(path.read_bytes())
+    theirs, unreadable = {}, 0
+    for line in path.read_bytes().decode(errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if type(values["step"]) not in (int, float) or not math.isfinite(values["step"]):
+                raise ValueError
+            theirs[values["step"]] = values
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            unreadable += 1
+    found = read_run(run)
+    require_equal((repr(found.steps), found.unreadable), (repr([theirs[step] for step in sorted(theirs)]), unreadable), "json lines")
     return command(["report", str(run)])
 
 
