@@ -138,12 +138,17 @@ def require_writable(folder: Path) -> Path:
 SPARE = 1.2  # times what is to be written must be free
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raise `BadInput` unless `needed` bytes are free where `folder` lies or will lie."""
+def free_space(folder: Path) -> int:
+    """Bytes free where `folder` lies or will lie."""
     nearest = Path(folder)
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
-    free = shutil.disk_usage(nearest).free
+    return shutil.disk_usage(nearest).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise `BadInput` unless `needed` bytes are free where `folder` lies or will lie."""
+    free = free_space(folder)
     if free < needed:
         raise BadInput(f"{folder}: needs {readable_bytes(needed)}, {readable_bytes(free)} are free; make room or choose another folder")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
+from vavae_fast.commands import preflight
 from vavae_fast.commands.run_lock import locked
 from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, resume_arguments, run_steps, start_run
 from vavae_fast.config import LightningDiTConfig, accumulation, given_path, run_folder, slots_of_process, to_mapping, to_yaml, world_size
@@ -45,8 +46,8 @@ class TrainPlan:
             f"data       {data}\n"
             f"batch      {c.train.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
             f"steps      {c.train.max_steps:,}{epochs}, lr {c.optimizer.lr:g} (not scaled)\n"
-            f"memory     about {artifacts.readable_bytes(f['memory'])} per GPU in {f['precision']}, predicted; less with train.micro_batch_size\n"
-            f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
+            f"memory     {preflight.memory_line(f['memory'], f['precision'])}\n"
+            f"disk       {preflight.plan_disk(self.folder, f['checkpoint_bytes'], c.train, c.train.max_steps).line}\n"
             f"watched    {self.watch.describe(c)}\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
             "nothing was written"
@@ -87,10 +88,23 @@ def plan(config: LightningDiTConfig, args: Namespace) -> TrainPlan:
             require_fp8(device, "train.fp8", "train.fp8=false")
         require(not narrow, "train.residual_dtype", "bf16", "fp32 on a CPU, unless train.precision=bf16")
         artifacts.require_space(folder, int(artifacts.SPARE * 16 * sum(p.numel() for p in model.parameters())))
+        _require_memory(config, model, micro, processes, device)
     if config.train.weight_init and not resumes:
         given_path(config.train.weight_init, "train.weight_init", "the weights to start from")
         _start_weights(config, model)
     return TrainPlan(config, folder, micro, accumulated, processes, resumes, latents, watch)
+
+
+def _require_memory(config: LightningDiTConfig, model: Any, micro: int, processes: int, device: Any) -> None:
+    """`BadInput` unless a step fits in memory."""
+    from vavae_fast.commands import build
+
+    if not preflight.predicts(device, sum(p.numel() for p in model.parameters())):
+        return
+    precision = "bf16" if build.bf16(config.train.precision, device) else "fp32"
+    config = replace(config, train=replace(config.train, precision=precision))
+    share = config.train.global_batch_size // processes
+    preflight.require_memory(lambda size: predict(config, size, share // size, processes)["memory"], micro, share, device)
 
 
 def _latents(config: LightningDiTConfig, path: Path | None) -> Any:
@@ -186,6 +200,9 @@ def _run(plan: TrainPlan, world) -> Path:
         start_run(plan.folder, config, facts | dict(device=str(world.device)))
     log.say(f"{config.model.model_type}, {parameters / 1e6:.2f} M parameters, {len(plan.latents):,} latents, "
             f"batch {c.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
+    disk = preflight.plan_disk(plan.folder, 16 * parameters, c, c.max_steps)
+    if disk.short:
+        log.say(disk.line)
     peak = peak_images_per_second(state.model, world, log)
     share = Share(c.global_batch_size, world.rank, world.size, plan.micro_batch, in_turn=state.shards if c.deterministic == "elastic" else 1)
     d = config.data

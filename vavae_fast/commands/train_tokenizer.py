@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae_fast import artifacts
+from vavae_fast.commands import preflight
 from vavae_fast.commands.foundation_choice import check_same_module, foundation_argument, with_foundation
 from vavae_fast.commands.run_lock import locked
 from vavae_fast.commands.runs import check_run_folder, check_same_data, kernels, resume_arguments, run_steps, start_run
@@ -59,9 +60,9 @@ class TokenizerPlan:
             f"data       {data}\n"
             f"batch      {c.global_batch_size} = {self.processes} processes x {self.micro_batch} x {self.accumulation} accumulated\n"
             f"stages     {steps}\n"
-            f"memory     about {artifacts.readable_bytes(f['memory'])} per GPU in {f['precision']}, predicted; less with train.micro_batch_size\n"
+            f"memory     {preflight.memory_line(f['memory'], f['precision'])}\n"
             f"watched    {self.watch.describe(c)}\n"
-            f"disk       {artifacts.readable_bytes(f['checkpoint_bytes'])} a checkpoint, every {c.train.ckpt_every:,} steps\n"
+            f"disk       {preflight.plan_disk(self.folder, f['checkpoint_bytes'], c.train, self.max_steps, len(self.stages) - 1).line}\n"
             f"run        {self.folder} ({'continues' if self.resumes else 'new'})\n"
             "nothing was written"
         )
@@ -103,7 +104,32 @@ def plan(config: TokenizerConfig, args: Namespace) -> TokenizerPlan:
     stages = plan_stages(config, images)
     run_length(config, stages)
     foundation, perceptual = _check_networks(config, folder, resumes, args.dry_run, args.foundation)
-    return TokenizerPlan(config, folder, micro, accumulated, processes, stages, resumes, images, foundation, perceptual, watch)
+    checked = TokenizerPlan(config, folder, micro, accumulated, processes, stages, resumes, images, foundation, perceptual, watch)
+    if not args.dry_run and args.foundation is None:  # what a module of the user's needs is not known
+        _require_memory(checked)
+    return checked
+
+
+def _require_memory(plan: TokenizerPlan) -> None:
+    """`BadInput` unless a step fits in memory."""
+    import torch
+
+    from vavae_fast.commands import build
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build.autoencoder(plan.config).parameters())
+    if not preflight.predicts(device, parameters):
+        return
+    precision = "bf16" if build.bf16(_precision(plan.config), device) else "fp32"
+    config = replace(plan.config, train=replace(plan.config.train, precision=precision))
+    plan = replace(plan, config=config, foundation=None)  # predictions are made with networks of their own
+    share = config.global_batch_size // plan.processes
+
+    def need(size: int) -> int:
+        return predict(replace(plan, micro_batch=size, accumulation=share // size))["memory"]
+
+    preflight.require_memory(need, plan.micro_batch, share, device)
 
 
 def _data_identity(images) -> dict[str, Any]:
@@ -205,6 +231,10 @@ def _run(plan: TokenizerPlan, world) -> Path:
     model = f"f{config.downsample_ratio}d{config.model.params.embed_dim}, {parameters / 1e6:.2f} M parameters"
     log.say(f"{model}, {len(plan.images):,} images ({plan.images.backend}), "
             f"batch {config.global_batch_size} = {world.size} x {plan.micro_batch} x {plan.accumulation}, {world.device}")  # fmt: skip
+    parameters += sum(p.numel() for p in state.discriminator.parameters())
+    disk = preflight.plan_disk(plan.folder, 12 * parameters, c, plan.max_steps, len(plan.stages) - 1)
+    if disk.short:
+        log.say(disk.line)
     plan.images.device = world.device
     plan.images.threads = max(1, plan.images.threads // world.local_size)  # of the node's cores
     share = Share(config.global_batch_size, world.rank, world.size, plan.micro_batch)
