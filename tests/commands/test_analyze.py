@@ -145,7 +145,7 @@ def bad_files(folder):
     ("nowhere", (), "nowhere: no such file or folder"), ("dict.pt", (), "dict.pt: holds dict, expected a tensor"),
     ("four.pt", (), r"four.pt: holds torch.float32 \(4, 4, 2, 2\), .*of shards give the folder"), ("nan.pt", (), "nan.pt: 80 values are NaN"),
     ("same.pt", (), "same.pt: latents: every one has 10 copies"), ("few.pt", (), "few.pt: 8 tokens are looked at, more than 10 are needed"),
-    ("text.pt", (), "text.pt: not a readable file of a tensor"), ("cut.safetensors", (), "cut.safetensors: not a readable"),
+    ("text.pt", (), "text.pt: not a PyTorch file, or damaged"), ("cut.safetensors", (), "cut.safetensors: not a readable"),
     ("other.safetensors", (), "other.safetensors: holds z, no latents"), ("empty", (), "empty: no .safetensors shards"),
     ("good.pt", ("--tokens", "0"), "--tokens: must be 1 or more"), ("good.pt", ("--seed", "-1"), "--seed: must be 0 or more"),
     ("good.pt", ("--repeats", "-1"), "--repeats"), ("good.pt", ("--images", "x"), "--config: similarity maps need --config and --images"),

@@ -7,6 +7,7 @@ import shutil
 import struct
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -432,3 +433,28 @@ def test_what_killed_writers_left_is_swept_away(tmp_path):
     (tmp_path / "mine.tmp").write_bytes(b"mine")
     writer(tmp_path).sweep()
     assert [path.name for path in tmp_path.iterdir()] == ["mine.tmp"]
+
+
+@pytest.mark.parametrize("std", [False, True])
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_or_changes_nothing(tmp_path, std):
+    """Rows by their sums, labels by theirs, our JSON by its seal, the rest of the header because it no longer fits."""
+    folder = feed(writer(tmp_path / "latents", std=std), 4).close()
+
+    def read():
+        latents, rows = open_latents(folder), np.arange(COUNT)
+        parts = [latents.read(rows), latents.read(rows, True), latents.labels]
+        parts += [latents.read_std(rows), latents.read_std(rows, True)] if std else []
+        return [part.numpy().tobytes() for part in parts], [shard.ours for shard in latents._store.shards]
+
+    expected, found, generator = read(), 0, np.random.default_rng(0)
+    path = sorted(folder.glob("*.safetensors"))[1]
+    data, header = path.read_bytes(), 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    places = [*generator.integers(0, 8 * header, 60), *generator.integers(8 * header, 8 * len(data), 60), *range(8 * (len(data) - 8), 8 * len(data))]
+    for bit in map(int, places):
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        try:
+            assert read() == expected, bit
+        except BadInput as error:
+            assert path.name in str(error)
+            found += 1
+    assert found > len(places) - 10

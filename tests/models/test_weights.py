@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from vavae_fast.errors import BadInput
 from vavae_fast.models.autoencoder import AutoencoderKL
-from vavae_fast.models.weights import autoencoder_architecture, load_autoencoder, load_strict, read_state_dict
+from vavae_fast.models.weights import autoencoder_architecture, autoencoder_of, load_autoencoder, load_strict, read_state_dict
 
 TINY = dict(embed_dim=4, ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(64,))
 
@@ -320,3 +320,19 @@ def test_a_file_of_something_else_never_gives_a_random_autoencoder(tmp_path, vae
         torch.save(state, tmp_path / f"{name}.pt")
         with pytest.raises(BadInput, match=f"{name}.pt: "):
             load_autoencoder(tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state | {"encoder.conv_in.weight": torch.empty(10**9, 0, 3, 3, device="meta")},
+    lambda state: state | {f"encoder.down.0.block.{10**9}.conv2.weight": torch.ones(8, 8, 3, 3)},
+    lambda state: state | {"decoder.conv_in.weight": torch.empty(10**9, 0, 3, 3, device="meta")},
+])  # fmt: skip
+def test_shapes_of_terabytes_are_refused_before_anything_is_allocated(vae, change):
+    with pytest.raises(BadInput, match="x.pt: "):
+        autoencoder_of(change(vae.state_dict()), "x.pt")
+
+
+@pytest.mark.parametrize("claim", [{"ch": 1 << 20}, {"num_res_blocks": 1 << 30}, {"nothing": 1}, {"embed_dim": "x"}, {"dropout": "x"}])
+def test_a_claimed_architecture_is_held_against_the_weights(vae, claim):
+    with pytest.raises(BadInput, match="x.pt: "):
+        autoencoder_of(vae.state_dict(), "x.pt", claim)

@@ -189,3 +189,13 @@ def test_what_cannot_stand_in_a_card(pipeline, tmp_path, given, words):
     with pytest.raises(BadInput, match=words):
         pipeline.save_pretrained(tmp_path / "saved", **given)
     assert not (tmp_path / "saved").exists()
+
+
+def test_what_metrics_and_names_say_is_text_in_the_card(pipeline, tmp_path):
+    hostile = "<img src=x onerror=alert(1)> [x](javascript:alert(1)) | `x`\n# heading"
+    name = '"); import os; os.system("true'
+    saved = pipeline.save_pretrained(tmp_path / "saved", name=name, metrics=[{"fid": 2.0, hostile: 3.0, "protocol": {hostile: hostile}}])
+    card = (saved / "README.md").read_text()
+    assert "alert(1)" in card and "<img" not in card and "\n# heading" not in card
+    assert not re.search(r"(?<!\\)\[x\]", card) and not re.search(r"(?<!\\)`x", card)
+    assert "system" not in compile(card.split("```python")[1].split("```")[0], "card", "exec").co_names

@@ -15,7 +15,8 @@ from torture.mutations import single_flip
 from torture.subjects import STEP, drawing, manifest, newest_checkpoint, pipeline, samples, statistics, weights, whole_latents
 from torture.tally import Effort, Tally
 
-from vavae_fast.commands.runs import run_config
+from vavae_fast.commands.runs import check_run_folder, run_config
+from vavae_fast.config import load_config
 from vavae_fast.errors import BadInput
 from vavae_fast.training.checkpoint import step_folder
 
@@ -73,8 +74,9 @@ def continued(tiny: Tiny, raw: Path) -> object:
 
 
 def resumable(tiny: Tiny, run: Path) -> None:
-    """Whether `train` would continue the run: the config that it is given is the one that the run keeps."""
-    command(["train", *tiny.dit(run.parent, run.name), "--dry-run"])
+    """As `train` asks before it continues the run: is the config that it is given the one that the run keeps?"""
+    _, path, *overrides = tiny.dit(run.parent, run.name)
+    check_run_folder(run, load_config(path, tuple(overrides)), "auto", ())
 
 
 def flipped(kind: Kind, effort: Effort) -> Tally:

@@ -43,7 +43,7 @@ def hostile(group: str, payloads: Payloads, arena: Arena, effort: Effort) -> Tal
     tally = Tally(f"hostile {group}")
     names = list(payloads)
     if effort.size < 1:
-        names = effort.draw(f"hostility/{group}").sample(names, effort.count(len(names), least=2))
+        names = effort.draw(f"hostility/{group}").sample(names, effort.count(len(names)))
 
     def work(name: str) -> bool:
         shutil.rmtree(arena.box, ignore_errors=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # which a model on the meta device imports, for seconds
 from tiny import Tiny, prepare
 from torture.boxed import command, in_a_child
 
@@ -26,11 +27,11 @@ def pipeline(folder: Path) -> Tiny:
 
     Made once in a folder; who changes a file changes a copy, or takes the change back.
     """
-    if folder.is_dir():
-        return Tiny(folder)
-    tiny = prepare(folder)
     torch.set_num_threads(1)
-    in_a_child(lambda: _make(tiny))
+    tiny = Tiny(folder)
+    if not folder.is_dir():
+        prepare(folder)
+        in_a_child(lambda: _make(tiny))
     return tiny
 
 
