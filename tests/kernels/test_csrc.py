@@ -362,7 +362,7 @@ def cubin(target: str, folder: Path) -> tuple[Path, str]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_90a", *(pytest.param(target, marks=pytest.mark.exhaustive) for target in ("sm_80", "sm_100", "sm_120"))])
 def test_nvcc_compiles_without_stack_or_spills(target, compiled):
     _, report = compiled(target)
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)

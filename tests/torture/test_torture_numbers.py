@@ -1,27 +1,16 @@
-"""A quick part of the campaign `numbers`, other forms and runs each time: the seed that is printed brings one back; and what it finds."""
+"""A quick part of the campaign `numbers`; and what it finds."""
 
-import os
 import random
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from torture.quick import campaign, on_cpu, tried
 
-TORTURE = Path(__file__).parent
 
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on CPUs; and processes forked after a GPU was used cannot use it")
-def test_numbers_that_are_not_finite_move_nothing():
-    """In a process of its own: pytest's has threads, and must not fork."""
-    seed = random.SystemRandom().randrange(1 << 30)
-    words = [sys.executable, str(TORTURE), "numbers", "--size", "0.05", "--seed", str(seed)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, f"seed {seed}: {done.stdout[-6000:]}{done.stderr[-3000:]}"
-    tried = [int(count) for count in re.findall(r"(\d+) tried", done.stdout)]
-    assert len(tried) == 5 and all(tried), done.stdout
+@on_cpu
+def test_numbers_that_are_not_finite_move_nothing(tmp_path):
+    rows = campaign(tmp_path, "numbers", size=0.05)
+    assert len(rows) == 5 and all(tried(rows))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks for what a CPU would not wait for")

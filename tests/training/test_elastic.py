@@ -109,7 +109,7 @@ def test_so_is_a_tokenizers(runs):
 
 
 @on_cpu
-@pytest.mark.slow  # a dozen runs more, of up to four processes
+@pytest.mark.exhaustive  # a dozen runs more, of up to four processes
 def test_every_world_and_way_to_shard(tmp_path):
     made(tmp_path, "all")
     for name in ("two", "four", "full", "hybrid"):
