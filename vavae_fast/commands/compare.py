@@ -11,7 +11,6 @@ from typing import Any
 from vavae_fast import artifacts
 from vavae_fast.commands import _html
 from vavae_fast.commands.report import Run, points, read_run, values_of
-from vavae_fast.commands.runs import run_config
 from vavae_fast.config import flatten
 from vavae_fast.errors import BadInput, is_number, require
 
@@ -64,6 +63,8 @@ class ComparePlan:
 
 
 def plan(config: None, args: Namespace) -> ComparePlan:
+    from vavae_fast.commands.runs import run_config
+
     require(args.skip >= 0, "--skip", args.skip, "0 or more")
     if args.out.is_dir():
         raise BadInput(f"--out: {args.out} is a folder; give a file, as {args.out / 'compare.html'}")
