@@ -12,9 +12,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from itertools import groupby
-from typing import Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # commands with a page answer --help at once
+    import numpy as np
 
 Point = tuple[float, float | None]
 _COLOURS = 10
@@ -67,9 +69,9 @@ def number(value: Any) -> str:
     """As a reader wants it: 0.00123456 -> 0.001235, 12345 -> 12,345, None -> an en dash; text as it is."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return str(value)
-    if isinstance(value, (int, np.integer)):
+    if isinstance(value, Integral):
         return f"{value:,}"
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
@@ -77,8 +79,11 @@ def number(value: Any) -> str:
 # -- images ----------------------------------------------------------------------------------------------------------
 
 
-def png_grid(images: np.ndarray, columns: int, scale: int = 1, alt: str = "images") -> str:
+def png_grid(images: "np.ndarray", columns: int, scale: int = 1, alt: str = "images") -> str:
     """images (N, H, W, 3) or (N, H, W) uint8 in rows of `columns`, each pixel `scale` x `scale` on the page -> an <img> tag."""
+    import numpy as np
+    from PIL import Image
+
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
         raise ValueError(f"png_grid: expected (N, H, W, 3) or (N, H, W) uint8, N above 0, got {images.dtype} {images.shape}")
@@ -89,8 +94,6 @@ def png_grid(images: np.ndarray, columns: int, scale: int = 1, alt: str = "image
     sheet = np.zeros((rows * columns, height, width, 3), np.uint8)
     sheet[:count] = images
     sheet = sheet.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
-    from PIL import Image
-
     file = io.BytesIO()
     Image.fromarray(sheet).save(file, "PNG", optimize=True)
     return png_image(file.getvalue(), (columns * width * scale, rows * height * scale), alt, exact=True)
@@ -130,8 +133,10 @@ def svg_lines(
     return _plot(title, x_axis, y_axis, marks, list(series), x_label)
 
 
-def scatter(points: np.ndarray, labels: Sequence[Any], title: str) -> str:
+def scatter(points: "np.ndarray", labels: Sequence[Any], title: str) -> str:
     """points (N, 2), coloured by labels (N,), with a legend of the labels."""
+    import numpy as np
+
     points = np.asarray(points, dtype=float)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels):
         raise ValueError(f"scatter: expected (N, 2) points and N labels, got {points.shape} and {len(labels)}")
