@@ -216,7 +216,8 @@ def record(folder: Path) -> tuple[str, Row]:
     where = "gpu" if "CUDA" in device else "cpu"
     if (folder / "summary.json").is_file():
         result = _kept(folder / "summary.json")
-        return f"reproduce-{result['scale']}-{where}.json", dict(commit=commit, device=device, **result)
+        kept = {key: result[key] for key in ("time", "versions", "scale", "protocol", "early_steps", "claims")}
+        return f"reproduce-{result['scale']}-{where}.json", dict(commit=commit, device=device, **kept)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         seconds = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["seconds"]
