@@ -20,7 +20,7 @@ NASTY = (
     "'", "|", ">", "%", "@", "`", "2024-01-01", "=", "<<", "💥", "é\u0301", "\udcff", "a\nb", "\t", "\x1b[31m", "<script>alert(1)</script>",
     "$(true)", "-", "--", "--help", "9" * 400, "9" * 5000, "1" + "0" * 308, "-9223372036854775809", "18446744073709551616", "x" * 300, "x/" * 3000,
     "0,1,2", "1,,2", "0:5", ".", "..", "../../..", "/", "/dev/null", "/dev/zero", "/dev/urandom", "/proc/self/mem", "/proc/self/environ",
-    "/root/nowhere/at/all", "*", "{0..3}", "{0..99999999}.tar", "builtin:", "builtin:digits", "builtin:nothing", "hub", "timm:nothing",
+    "/nowhere/at/all", "*", "{0..3}", "{0..99999999}.tar", "builtin:", "builtin:digits", "builtin:nothing", "hub", "timm:nothing",
     "module:factory",
 )  # fmt: skip
 
