@@ -3,7 +3,8 @@
     python tests/torture [CAMPAIGN[.PART] ...] [--size X] [--seed N] [--json FILE] [--markdown FILE] [--folder DIR]
 
 Without names all of them. Size 1 tries what the project promises; 0.05 is a quick look, 10 a night. Each campaign runs in a process of
-its own. The exit status is 1 when anything was lost, wrong or hung in our own rows.
+its own. With --folder, a run that was stopped goes on: campaigns that ended there, at the same commit, size and seed, are not run again.
+The exit status is 1 when anything was lost, wrong or hung in our own rows.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # tests/, where `torture` and what the tests share lie
 
-from torture.markdown import page  # noqa: E402
+from torture.markdown import commit, page  # noqa: E402
 from torture.tally import Effort, Tally  # noqa: E402
 
 CAMPAIGNS = ("kills", "bits", "disk", "processes", "numbers", "inputs", "hostility")
@@ -40,12 +41,10 @@ def main() -> int:
         parser.error(f"unknown campaign {unknown[0]}; known: {', '.join(CAMPAIGNS)}")
     results: dict[str, tuple[list[Tally], float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in given.campaigns or CAMPAIGNS:
-            folder = (given.folder or Path(temporary)) / name
-            folder.mkdir(parents=True, exist_ok=True)
-            began = time.monotonic()
-            tallies = apart(name, Effort(given.seed, given.size, folder))
-            results[name] = tallies, time.monotonic() - began
+            results[name] = once(name, given.seed, given.size, folder)
             show(name, *results[name])
     if given.json:
         rows = [{"campaign": name, **asdict(tally)} for name, (tallies, _) in results.items() for tally in tallies]
@@ -53,6 +52,19 @@ def main() -> int:
     if given.markdown:
         given.markdown.write_text(page(results, given.size, given.seed), encoding="utf-8")
     return int(not all(tally.clean for tallies, _ in results.values() for tally in tallies))
+
+
+def once(name: str, seed: int, size: float, folder: Path) -> tuple[list[Tally], float]:
+    """A campaign's rows and seconds: those kept in `folder`, or of a run now, whose files lie in a new folder there."""
+    kept, made_of = folder / f"{name}.json", {"commit": commit(), "seed": seed, "size": size}
+    clean = made_of["commit"].isalnum()  # a working tree with changes may be another one by now
+    if clean and kept.exists() and (was := json.loads(kept.read_text())) and all(was[key] == value for key, value in made_of.items()):
+        return [Tally(**row) for row in was["rows"]], was["seconds"]
+    began = time.monotonic()
+    tallies = apart(name, Effort(seed, size, Path(tempfile.mkdtemp(dir=folder, prefix=f"{name}-"))))
+    seconds = time.monotonic() - began
+    kept.write_text(json.dumps({**made_of, "seconds": seconds, "rows": [asdict(tally) for tally in tallies]}, indent=1) + "\n")
+    return tallies, seconds
 
 
 def apart(name: str, effort: Effort) -> list[Tally]:

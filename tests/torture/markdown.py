@@ -44,10 +44,10 @@ def _made_on() -> str:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "numpy", "pillow")}
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     machine = f"{platform.system()} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    return f"{time.strftime('%Y-%m-%d')}, commit {_commit()}, {machine}, Python {platform.python_version()}, {used}."
+    return f"{time.strftime('%Y-%m-%d')}, commit {commit()}, {machine}, Python {platform.python_version()}, {used}."
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the working tree, and whether it differs from it."""
     asked = (["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:
