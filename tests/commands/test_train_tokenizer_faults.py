@@ -1,5 +1,6 @@
 """What breaks while a tokenizer trains, where the DiT engine's tests do not look: both networks, the ends of stages, images that are no numbers."""
 
+import json
 import os
 import shutil
 import signal
@@ -83,6 +84,8 @@ def test_images_that_are_no_numbers_stop_the_run_and_name_the_samples(tiny, out,
         assert main(words(tiny, out, "train.max_skipped=3")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "not finite in the last 3 steps up to step 7 (samples 16 to 27 of the run's order)" in said
+    norms = json.loads((out / "t" / "gradients.json").read_text())["gradient_norms"]
+    assert norms["encoder.conv_in.weight"] == "nan" and any(name.endswith("main.5.bias") for name in norms)
     before, after = (contents(out / "t" / STEP.format(step), "*.safetensors") for step in (4, 6))
     assert before["model.safetensors"] == after["model.safetensors"] and before["discriminator.safetensors"] == after["discriminator.safetensors"]
     shutil.rmtree(out / "t" / STEP.format(6))  # or the mended run would leave out what it skipped

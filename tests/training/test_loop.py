@@ -19,6 +19,7 @@ from vavae_fast.training.checkpoint import checkpoint_fault, step_folder
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import LoopSettings, Observer, StopSignal, resume, train
+from vavae_fast.training.reduction import Reduction
 from vavae_fast.training.saver import Retention, save_checkpoint, snapshot
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -30,6 +31,8 @@ class Counter:
     def __init__(self):
         self.weight = torch.zeros((), dtype=torch.float64)
         self.guard = Guard(ALONE.device, 3)
+        self.reduction = Reduction(ALONE)
+        self.trained = {name: torch.nn.Parameter(torch.ones(2)) for name in ("first", "second", "third")}
         self.steps = []
 
     def groups(self):
@@ -39,6 +42,9 @@ class Counter:
         self.weight = groups["model"]["weight"].clone()
         self.guard.load_state_dict(groups["guard"])
 
+    def replicated(self):
+        return self.trained | {"moment": torch.ones(2)}
+
     def learning_rate(self, step):
         return 1.0 / (1 + step)
 
@@ -47,6 +53,14 @@ def add(state, step, micro_batches):
     state.weight += sum(micro_batches)
     state.steps.append(step)
     return {"loss": torch.tensor(float(step)), "ones": torch.ones(())}
+
+
+def gradients(state, step, micro_batches):
+    """Not finite in the second and third of three parameters."""
+    state.reduction.begin(torch.nn.Identity(), state.trained.values(), 1)
+    for p, gradient in zip(state.trained.values(), ([3.0, 4.0], [float("nan"), 1.0], [float("inf"), 1.0])):
+        p.grad = torch.tensor(gradient)
+    return {"loss": torch.tensor(float("nan")), "step": torch.tensor(float(step))}
 
 
 def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, accumulation=2, peak=None, stages=None, **hooks):
@@ -61,7 +75,7 @@ def run(folder, max_steps, step=add, log_every=5, ckpt_every=4, keep_last=None, 
             yield list(islice(numbers, accumulation))
 
     settings = LoopSettings(folder, max_steps, 8, log_every, ckpt_every, Retention(keep_last), {"stage": "test"}, peak, stages or {})
-    done = train(state, step, batches, settings, ALONE, log, start, **hooks)
+    done = train(state, step, batches, settings, ALONE, log, start, gradients, **hooks)
     log.close()
     return state, done
 
@@ -228,8 +242,12 @@ def test_skipped_steps_are_logged_and_too_many_end_the_run(tmp_path):
         state.guard.step({optimizer: torch.tensor(float("nan") if step >= 3 else 1.0)})
         return add(state, step, micro_batches)
 
-    with pytest.raises(BadInput, match="not finite in the last 7 steps up to step 10"):
+    said = r"not finite in the last 7 steps up to step 10 .*It is that of 2 of 3 parameters, second to third \(gradients\.json\)"
+    with pytest.raises(BadInput, match=said):
         run(tmp_path, 20, spoilt)
+    found = json.loads((tmp_path / "gradients.json").read_text())
+    norms = {"first": 5.0, "second": "nan", "third": "inf"}
+    assert found == {"step": 10, "values": {"loss": "nan", "step": 9.0}, "gradient_norms": norms}
     assert [line["skipped"] for line in logged(tmp_path)] == [2.0, 7.0]
 
 
@@ -297,10 +315,10 @@ def test_samples_that_are_not_this_processs_end_the_run_at_the_next_line(tmp_pat
     state, log = Counter(), RunLog(tmp_path, "run")
     settings = LoopSettings(tmp_path, 20, 8, 5, 100, Retention(), {"stage": "test"}, share=share)
     if wrong is None:
-        assert train(state, step, steps, settings, ALONE, log, 3) == 20
+        assert train(state, step, steps, settings, ALONE, log, 3, gradients) == 20
     else:
         with pytest.raises(PeerFault, match=r"other samples than its own, in the 5 steps from step 5 of the run's order on \(their places add up"):
-            train(state, step, steps, settings, ALONE, log, 0)
+            train(state, step, steps, settings, ALONE, log, 0, gradients)
         assert state.steps == list(range(10)) and not (tmp_path / "checkpoints").exists()
     log.close()
 
@@ -315,7 +333,7 @@ def test_a_disk_that_gives_no_samples_is_named_with_them(tmp_path):
     settings = LoopSettings(tmp_path, 20, 8, 5, 100, Retention(), {"stage": "test"}, share=share)
     log = RunLog(tmp_path, "run")
     with pytest.raises(BadInput, match=r"^its samples of the run's order from 36 on: cannot be read \(.*Input/output error\); look after the disk"):
-        train(Counter(), lambda state, number, batch: {"loss": torch.ones(())}, batches, settings, ALONE, log, 3)
+        train(Counter(), lambda state, number, batch: {"loss": torch.ones(())}, batches, settings, ALONE, log, 3, gradients)
     log.close()
 
 

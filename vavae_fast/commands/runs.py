@@ -99,7 +99,7 @@ def kernels(config: Config, device: Any) -> AbstractContextManager:
 
 
 def run_steps(
-    state: Any, step: Any, stream: Any, accumulation: int, settings: Any, world: Any, log: Any, start: int, observers: Any = ()
+    state: Any, step: Any, gradients: Any, stream: Any, accumulation: int, settings: Any, world: Any, log: Any, start: int, observers: Any = ()
 ) -> Path:
     """Train from step `start` on a stream's batches, `accumulation` a step; the run folder, or `Interrupted` after a signal.
 
@@ -112,7 +112,7 @@ def run_steps(
             while micro_batches := list(islice(each, accumulation)):
                 yield micro_batches
 
-    done = train(state, step, batches, settings, world, log, start, observers, lambda: _rewrite_report(log))
+    done = train(state, step, batches, settings, world, log, start, gradients, observers, lambda: _rewrite_report(log))
     log.say(f"step {done} of {settings.max_steps}: {settings.folder}")
     log.close()
     if done < settings.max_steps:

@@ -215,7 +215,7 @@ def _run(plan: TrainPlan, world) -> Path:
     if c.audit_every is not None:
         compiled = build.compiled_regions(c.compile, world.device) != "none"
         step = audited(dit_step, dit_gradients, c.audit_every, compiled, state.shards)
-    return run_steps(state, step, stream, plan.accumulation, settings, world, log, start, looks)
+    return run_steps(state, step, dit_gradients, stream, plan.accumulation, settings, world, log, start, looks)
 
 
 def _state(plan: TrainPlan, world, log):

@@ -249,7 +249,7 @@ def _run(plan: TokenizerPlan, world) -> Path:
     if c.audit_every is not None:
         compiled = build.compiled_regions(c.compile, world.device) != "none"
         step = audited(tokenizer_step, tokenizer_gradients, c.audit_every, compiled)
-    return run_steps(state, step, stream, plan.accumulation, settings, world, log, start, looks)
+    return run_steps(state, step, tokenizer_gradients, stream, plan.accumulation, settings, world, log, start, looks)
 
 
 def _state(plan: TokenizerPlan, world, log):

@@ -81,13 +81,15 @@ class Guard:
         """Note that a run whose guard was `before` is `steps` back; this guard came from the checkpoint."""
         self.rollbacks, self.passed_over = before.rollbacks + 1, before.passed_over + steps
 
-    def check(self, step: int, global_batch: int) -> None:
-        """Called at log lines: `BadInput` when the last `max_skipped` steps or more were all skipped."""
-        count = int(self.in_a_row)
-        if count >= self.max_skipped:
-            end = (step + self.passed_over) * global_batch
-            raise BadInput(
-                f"the gradient was not finite in the last {count} steps up to step {step} (samples {end - count * global_batch:,} to {end - 1:,} "
-                "of the run's order); weights are those before them. "
-                "Lower the learning rate, clip gradients (max_grad_norm), for LightningDiT set model.use_qknorm=true, and check the data"
-            )
+    def exhausted(self) -> bool:
+        """Whether the last `max_skipped` steps or more were all skipped. One host sync: for log lines."""
+        return int(self.in_a_row) >= self.max_skipped
+
+    def verdict(self, step: int, global_batch: int, whose: str) -> BadInput:
+        """The end of a run that is exhausted after step `step`; `whose` gradients were not finite is a sentence."""
+        count, end = int(self.in_a_row), (step + self.passed_over) * global_batch
+        return BadInput(
+            f"the gradient was not finite in the last {count} steps up to step {step} (samples {end - count * global_batch:,} to {end - 1:,} "
+            f"of the run's order); weights are those before them. {whose}. "
+            "Lower the learning rate, clip gradients (max_grad_norm), for LightningDiT set model.use_qknorm=true, and check the data"
+        )

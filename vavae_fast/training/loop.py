@@ -28,6 +28,7 @@ from vavae_fast.training.checkpoint import Groups, checkpoints, latest_checkpoin
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.heartbeat import Heart
 from vavae_fast.training.log import RunLog
+from vavae_fast.training.postmortem import dissect
 from vavae_fast.training.saver import Retention, Saver
 
 
@@ -127,10 +128,12 @@ def train(
     world: World,
     log: RunLog,
     start: int,
+    gradients: Callable[[State, int, list[Any]], dict[str, Tensor]],
     observers: Sequence[Observer] = (),
     after_save: Callable[[], None] = lambda: None,
 ) -> int:
     """Run steps `start` to `max_steps`; `batches(n)` gives each step's micro-batches from the n-th on. Returns the number of steps done.
+    `gradients` does what `step` does up to p.grad, and changes nothing else: asked for when a run ends because they are not finite.
 
     A line is logged every `log_every` steps; what an observer sees between two has a line of its own, so that nothing but
     `log_every` sets the windows that lines and guards read. The time that observers take is no training time. A stage ends with a line
@@ -170,7 +173,9 @@ def train(
             if line_due:
                 values = meter.read(world) | {"lr": state.learning_rate(done - 1), "skipped": float(state.guard.skipped)} | seen
                 log.step(place | values, settings.max_steps, meter.seconds_a_step * (settings.max_steps - done))
-                state.guard.check(done, settings.global_batch)
+                if state.guard.exhausted():
+                    whose = dissect(state, gradients(state, done - 1, micro_batches), {"step": done}, log)
+                    raise state.guard.verdict(done, settings.global_batch, whose)
                 watched = values[state.guard.watches]
                 state.guard.pulse.feel(done, done - logged, values.get("grad_norm", math.nan), watched)
                 if state.guard.spiked(watched) and (target := _go_back(state, done, logged, watched, saver, world, log)) is not None:
