@@ -4,12 +4,12 @@ As a script, this file makes the runs of two processes that its tests look at: `
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripted import made
 
 from vavae_fast.cli import main
 from vavae_fast.distributed import World
@@ -75,11 +75,7 @@ def make_runs(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "made"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    made = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=300, env=environment)
-    assert made.returncode == 0, made.stderr[-6000:]
-    return folder
+    return made(__file__, tmp_path_factory.mktemp("runs") / "made")
 
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="several processes over gloo; on a GPU machine they would share one over NCCL")

@@ -5,12 +5,12 @@ As a script, this file makes all the runs that its tests compare: `python test_e
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripted import made
 from torch import nn
 
 from vavae_fast.config import slots_of_process
@@ -64,16 +64,9 @@ def make_runs(folder: Path, everything: bool) -> None:
         tokenizer("fused_tokenizer_four", 4, "train.fused=true")
 
 
-def made(folder: Path, *words: str) -> Path:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run([sys.executable, __file__, str(folder), *words], capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr[-6000:]
-    return folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("runs") / "made")
+    return made(__file__, tmp_path_factory.mktemp("runs") / "made")
 
 
 def lines(run: Path) -> list[dict]:
@@ -111,7 +104,7 @@ def test_so_is_a_tokenizers(runs):
 @on_cpu
 @pytest.mark.exhaustive  # a dozen runs more, of up to four processes
 def test_every_world_and_way_to_shard(tmp_path):
-    made(tmp_path, "all")
+    made(__file__, tmp_path, "all")
     for name in ("two", "four", "full", "hybrid"):
         assert_same_run(tmp_path / name, tmp_path / "one")
     assert_same_run(tmp_path / "bf16_full", tmp_path / "bf16")

@@ -6,7 +6,6 @@ As a script, this file makes all the runs that its tests compare: `python test_s
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripted import made
 
 from vavae_fast.cli import main
 from vavae_fast.training.checkpoint import load_checkpoint
@@ -102,11 +102,7 @@ def copy_state(folder: Path, name: str, processes: int, mode: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "made"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    made = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=300, env=environment)
-    assert made.returncode == 0, made.stderr[-6000:]
-    return folder
+    return made(__file__, tmp_path_factory.mktemp("runs") / "made")
 
 
 def lines(run):
