@@ -193,7 +193,10 @@ def _text(process: int, address: int) -> str:
     data = b""
     with open(f"/proc/{process}/mem", "rb", buffering=0) as memory:
         while b"\0" not in data:
-            data += os.pread(memory.fileno(), 4096 - (address + len(data)) % 4096, address + len(data))
+            more = os.pread(memory.fileno(), 4096 - (address + len(data)) % 4096, address + len(data))
+            if not more:
+                raise ProcessLookupError(f"process {process} was killed in a call")  # whose memory is then read as empty, not refused
+            data += more
     return os.fsdecode(data.split(b"\0")[0])
 
 
