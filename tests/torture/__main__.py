@@ -3,7 +3,7 @@
     python tests/torture [CAMPAIGN[.PART] ...] [--size X] [--seed N] [--json FILE] [--markdown FILE] [--folder DIR]
 
 Without names all of them. Size 1 tries what the project promises; 0.05 is a quick look, 10 a night. Each campaign runs in a process of
-its own. With --folder, a run that was stopped goes on: campaigns that ended there, at the same commit, size and seed, are not run again.
+its own. With --folder, a run that was stopped goes on: campaigns that ended there, of the same size and seed, are not run again.
 The exit status is 1 when anything was lost, wrong or hung in our own rows.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[1])  # tests/, where `torture` and what the tests share lie
 
 from torture.markdown import commit, page  # noqa: E402
-from torture.tally import Effort, Tally  # noqa: E402
+from torture.tally import Effort, Ran, Tally  # noqa: E402
 
 CAMPAIGNS = ("kills", "bits", "disk", "processes", "numbers", "inputs", "hostility")
 
@@ -39,32 +39,31 @@ def main() -> int:
     unknown = [name for name in given.campaigns if name.split(".")[0] not in CAMPAIGNS]
     if unknown:
         parser.error(f"unknown campaign {unknown[0]}; known: {', '.join(CAMPAIGNS)}")
-    results: dict[str, tuple[list[Tally], float]] = {}
+    results: dict[str, Ran] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for name in given.campaigns or CAMPAIGNS:
             results[name] = once(name, given.seed, given.size, folder)
-            show(name, *results[name])
+            show(name, results[name])
     if given.json:
-        rows = [{"campaign": name, **asdict(tally)} for name, (tallies, _) in results.items() for tally in tallies]
+        rows = [{"campaign": name, **asdict(tally)} for name, ran in results.items() for tally in ran.rows]
         given.json.write_text(json.dumps({"size": given.size, "seed": given.seed, "rows": rows}, indent=1) + "\n")
     if given.markdown:
         given.markdown.write_text(page(results, given.size, given.seed), encoding="utf-8")
-    return int(not all(tally.clean for tallies, _ in results.values() for tally in tallies))
+    return int(not all(tally.clean for ran in results.values() for tally in ran.rows))
 
 
-def once(name: str, seed: int, size: float, folder: Path) -> tuple[list[Tally], float]:
-    """A campaign's rows and seconds: those kept in `folder`, or of a run now, whose files lie in a new folder there."""
-    kept, made_of = folder / f"{name}.json", {"commit": commit(), "seed": seed, "size": size}
-    clean = made_of["commit"].isalnum()  # a working tree with changes may be another one by now
-    if clean and kept.exists() and (was := json.loads(kept.read_text())) and all(was[key] == value for key, value in made_of.items()):
-        return [Tally(**row) for row in was["rows"]], was["seconds"]
+def once(name: str, seed: int, size: float, folder: Path) -> Ran:
+    """What came of a campaign, as kept in `folder`, or of a run now, whose files lie in a new folder there."""
+    kept, made_of = folder / f"{name}.json", {"seed": seed, "size": size}
+    if kept.exists() and (was := json.loads(kept.read_text())) and all(was[key] == value for key, value in made_of.items()):
+        return Ran([Tally(**row) for row in was["rows"]], was["seconds"], was["commit"])
     began = time.monotonic()
     tallies = apart(name, Effort(seed, size, Path(tempfile.mkdtemp(dir=folder, prefix=f"{name}-"))))
-    seconds = time.monotonic() - began
-    kept.write_text(json.dumps({**made_of, "seconds": seconds, "rows": [asdict(tally) for tally in tallies]}, indent=1) + "\n")
-    return tallies, seconds
+    ran = Ran(tallies, time.monotonic() - began, commit())
+    kept.write_text(json.dumps({**made_of, **ran._asdict(), "rows": [asdict(tally) for tally in tallies]}, indent=1) + "\n")
+    return ran
 
 
 def apart(name: str, effort: Effort) -> list[Tally]:
@@ -89,10 +88,10 @@ def apart(name: str, effort: Effort) -> list[Tally]:
     return [Tally(f"the campaign {name}", tried=1, wrong=1, failures=[f"--seed {effort.seed} --size {effort.size:g}: it broke, see above"])]
 
 
-def show(name: str, tallies: list[Tally], seconds: float) -> None:
+def show(name: str, ran: Ran) -> None:
     """A campaign's rows; of our own, the failures in full."""
-    print(f"{name}  {seconds:.0f} s", flush=True)
-    for tally in tallies:
+    print(f"{name}  {ran.seconds:.0f} s", flush=True)
+    for tally in ran.rows:
         counts = f"{tally.tried:>7,} tried {tally.lost:>5} lost {tally.wrong:>5} wrong {tally.hung:>5} hung"
         print(f"  {tally.fault:<98}{counts}{'  ' + tally.remark if tally.remark else ''}")
         for failure in () if tally.reference else tally.failures:

@@ -6,21 +6,21 @@ import platform
 import subprocess
 import time
 
-from torture.tally import Tally
+from torture.tally import Ran, Tally
 
 HEAD = "| fault | tried | lost | wrong | hung | |\n|---|---:|---:|---:|---:|---|"
 
 
-def page(results: dict[str, tuple[list[Tally], float]], size: float, seed: int) -> str:
-    """results: campaign -> its rows and seconds."""
-    rows = [(name, tally) for name, (tallies, _) in results.items() for tally in tallies]
+def page(results: dict[str, Ran], size: float, seed: int) -> str:
+    """results: what came of each campaign."""
+    rows = [(name, tally) for name, ran in results.items() for tally in ran.rows]
     ours, others = ([row for row in rows if row[1].reference is reference] for reference in (False, True))
-    seconds = ", ".join(f"{name} {taken:,.0f} s" for name, (_, taken) in results.items())
+    took = ", ".join(f"{name} {ran.seconds:,.0f} s at commit `{ran.commit}`" for name, ran in results.items())
     tried, clean = sum(tally.tried for _, tally in ours), all(tally.clean for _, tally in ours)
     parts = [
         "# What was tried to break it\n",
         f"Made by `make torture SIZE={size:g} SEED={seed}`{'' if clean else ', **with failures**'}: {tried:,} faults. {_made_on()}\n",
-        f"It took: {seconds}.\n",
+        f"It took: {took}.\n",
         "Lost: what was there before the fault cannot be had again. Wrong: anything else than promised. Hung: no answer in time.\n",
         _table(ours),
     ]
@@ -40,11 +40,11 @@ def _table(rows: list[tuple[str, Tally]]) -> str:
 
 
 def _made_on() -> str:
-    """Date, commit, machine, versions."""
+    """Date, machine, versions."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "numpy", "pillow")}
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     machine = f"{platform.system()} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    return f"{time.strftime('%Y-%m-%d')}, commit {commit()}, {machine}, Python {platform.python_version()}, {used}."
+    return f"{time.strftime('%Y-%m-%d')}, {machine}, Python {platform.python_version()}, {used}."
 
 
 def commit() -> str:

@@ -126,6 +126,7 @@ class _Strike:
             self._strike(children, watch)
         hung = wait(children)
         attending.join()
+        self.struck |= watch.killed  # at an event after another process had come to its end
         codes = statuses(children)
         if hung:
             return False, ("hung", f"{self}: {hung} processes had not ended after {PATIENCE:.0f} s")

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass
@@ -31,6 +32,14 @@ class Tally:
     @property
     def clean(self) -> bool:
         return self.reference or not (self.lost or self.wrong or self.hung)
+
+
+class Ran(NamedTuple):
+    """What came of a campaign, how long it took, and on which code."""
+
+    rows: list[Tally]
+    seconds: float
+    commit: str
 
 
 @dataclass(frozen=True)
