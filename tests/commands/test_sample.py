@@ -1,6 +1,7 @@
 """sample, whole: an image is a function of (seed, i) alone, what is missing is drawn again to the same bytes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny import contents, copy, done, files
 from vavae_fast import artifacts, distributed
 from vavae_fast.cli import main
 from vavae_fast.commands import sample as module
+from vavae_fast.errors import BadInput
 
 
 def drawn(tiny, out, *more):
@@ -95,6 +97,16 @@ def test_interrupted_and_continued_it_is_the_same_bytes(tiny, ten, out, monkeypa
     assert files(out) == ["manifest.json", "samples.npz", "samples.png"]
     for a, b in zip(images_of(out), images_of(ten)):
         assert np.array_equal(a, b)
+
+
+def test_a_part_that_has_gone_is_named(tmp_path):
+    """Its folder was removed before all could be put together."""
+    config = SimpleNamespace(sample=SimpleNamespace(per_proc_batch_size=4), data=SimpleNamespace(image_size=8))
+    plan = SimpleNamespace(out=tmp_path, num=4, config=config)
+    with pytest.raises(BadInput) as caught:
+        list(module._batches(plan))
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/parts/00000000.npz: ") and said.endswith("; the same command draws it again") and "remove" not in said
 
 
 def test_a_damaged_part_is_named_and_drawn_again(tiny, ten, out, monkeypatch, capsys):

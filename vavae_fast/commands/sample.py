@@ -242,7 +242,8 @@ def _batches(plan: SamplePlan) -> Iterator[tuple[int, Any]]:
         try:
             images = _array_of(NpzImages(path, count), (count, pixels, pixels, 3))
         except BadInput as error:
-            raise BadInput(f"{str(error).rpartition(';')[0]}; remove {path}: the same command draws it again") from None
+            why, remove = str(error).rsplit(";", 1)[0], f"remove {path}: " if path.exists() else ""
+            raise BadInput(f"{why}; {remove}the same command draws it again") from None
         yield first, images
 
 
