@@ -59,9 +59,9 @@ def once(name: str, seed: int, size: float, folder: Path) -> Ran:
     kept, made_of = folder / f"{name}.json", {"seed": seed, "size": size}
     if kept.exists() and (was := json.loads(kept.read_text())) and all(was[key] == value for key, value in made_of.items()):
         return Ran([Tally(**row) for row in was["rows"]], was["seconds"], was["commit"])
-    began = time.monotonic()
+    began, code = time.monotonic(), commit()
     tallies = apart(name, Effort(seed, size, Path(tempfile.mkdtemp(dir=folder, prefix=f"{name}-"))))
-    ran = Ran(tallies, time.monotonic() - began, commit())
+    ran = Ran(tallies, time.monotonic() - began, code)
     kept.write_text(json.dumps({**made_of, **ran._asdict(), "rows": [asdict(tally) for tally in tallies]}, indent=1) + "\n")
     return ran
 

@@ -232,7 +232,7 @@ def _in_a_removed_folder(trial: Trial, moment: float) -> None:
         time.sleep(0.001)
     if trial.place.exists():
         shutil.rmtree(trial.place.rename(trial.place.with_name(f"{trial.name}.gone")))
-    trial.judge(children, fault, "o such file or directory|o such run folder|not a run folder|missing or not whole", partial=True)
+    trial.judge(children, fault, "o such file|o such run folder|not a run folder|missing or not whole", partial=True)
     shutil.rmtree(trial.place, ignore_errors=True)
     trial.stage.before(trial.folder, trial.place)
     trial.mended(fault)
