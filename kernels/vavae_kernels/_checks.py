@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # narrower ones PyTorch does not promote
+# Asked once: Dynamo of PyTorch 2.11 cannot trace the question.
+_HAVE_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia") if torch.amp.is_autocast_available(d))
 
 
 def check(condition: bool, op: str, message: str) -> None:
@@ -83,7 +85,7 @@ def check_no_grad(op: str, **tensors: Tensor | None) -> None:
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Matrix products inside run in the dtype of their operands: an operator computes the same whatever stands around it."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _HAVE_AUTOCAST else nullcontext()
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
