@@ -19,6 +19,7 @@ from vavae_fast.training.checkpoint import checkpoint_fault, step_folder
 from vavae_fast.training.guard import Guard
 from vavae_fast.training.log import RunLog
 from vavae_fast.training.loop import LoopSettings, Observer, StopSignal, resume, train
+from vavae_fast.training.postmortem import dissect
 from vavae_fast.training.reduction import Reduction
 from vavae_fast.training.saver import Retention, save_checkpoint, snapshot
 
@@ -249,6 +250,17 @@ def test_skipped_steps_are_logged_and_too_many_end_the_run(tmp_path):
     norms = {"first": 5.0, "second": "nan", "third": "inf"}
     assert found == {"step": 10, "values": {"loss": "nan", "step": 9.0}, "gradient_norms": norms}
     assert [line["skipped"] for line in logged(tmp_path)] == [2.0, 7.0]
+
+
+def test_gradients_that_are_finite_when_computed_again_are_said_to_be(tmp_path):
+    """The norm of all may overflow where none of theirs does; or a device computed wrong."""
+    state, log = Counter(), RunLog(tmp_path, "run")
+    values = gradients(state, 0, [])
+    for scale, p in enumerate(state.trained.values()):
+        p.grad = torch.full((2,), 10.0**scale)
+    said = dissect(state, values, {"step": 1}, log)
+    assert said == "Computed again each is finite, the largest, 141, that of third (gradients.json)"
+    assert all(p.grad is None for p in state.trained.values())
 
 
 def test_values_that_begin_in_the_middle_of_a_window_are_means_over_it(tmp_path):
